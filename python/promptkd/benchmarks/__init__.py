@@ -1,0 +1,1 @@
+"""The paper's datasets and protocols: readers, few-shot samples, settings, published numbers."""
