@@ -1,0 +1,383 @@
+//! The Python module: types are converted here, the GIL is released, nothing is computed.
+
+use std::path::PathBuf;
+
+use numpy::ndarray::{Array2, ArrayView1, ArrayView2};
+use numpy::{
+    IntoPyArray, PyArray1, PyArray2, PyArray4, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2,
+    PyReadonlyArray3,
+};
+use pyo3::exceptions::PyValueError;
+use pyo3::prelude::*;
+use pyo3::pybacked::PyBackedBytes;
+
+use crate::decode::image_sizes as sizes_of;
+use crate::decode::{Crop, Options, Source, decode_batch, place};
+use crate::error::Error;
+use crate::filter::Filter;
+use crate::geometry::{ResizeMode, Target};
+use crate::resize::resize_pixels;
+use crate::view::{self, ViewRange};
+
+type Failures = Vec<(usize, &'static str, String)>;
+type Outputs<'py> = Vec<Bound<'py, PyArray4<u8>>>;
+
+#[pyclass(name = "Target", module = "promptkd._rust", frozen, eq, from_py_object)]
+#[derive(Clone, PartialEq)]
+pub struct PyTarget(Target);
+
+#[pymethods]
+impl PyTarget {
+    #[new]
+    #[pyo3(signature = (height, width, resize_mode = "squash", interpolation = "bicubic", fill = 0))]
+    fn new(
+        height: usize,
+        width: usize,
+        resize_mode: &str,
+        interpolation: &str,
+        fill: u8,
+    ) -> PyResult<Self> {
+        const MAX_SIDE: usize = 1 << 14;
+        if !(1..=MAX_SIDE).contains(&height) || !(1..=MAX_SIDE).contains(&width) {
+            let message =
+                format!("a target's sides must be 1 to {MAX_SIDE}, not {height} x {width}");
+            return Err(PyValueError::new_err(message));
+        }
+        let mode = match resize_mode {
+            "squash" => ResizeMode::Squash,
+            "shortest" => ResizeMode::Shortest,
+            "longest" => ResizeMode::Longest,
+            _ => return Err(unknown("resize_mode", resize_mode, "squash, shortest or longest")),
+        };
+        let filter = match interpolation {
+            "bicubic" => Filter::Bicubic,
+            "bilinear" => Filter::Bilinear,
+            _ => return Err(unknown("interpolation", interpolation, "bicubic or bilinear")),
+        };
+        Ok(PyTarget(Target { height, width, mode, filter, fill }))
+    }
+
+    #[getter]
+    fn height(&self) -> usize {
+        self.0.height
+    }
+
+    #[getter]
+    fn width(&self) -> usize {
+        self.0.width
+    }
+
+    #[getter]
+    fn resize_mode(&self) -> &'static str {
+        match self.0.mode {
+            ResizeMode::Squash => "squash",
+            ResizeMode::Shortest => "shortest",
+            ResizeMode::Longest => "longest",
+        }
+    }
+
+    #[getter]
+    fn interpolation(&self) -> &'static str {
+        match self.0.filter {
+            Filter::Bicubic => "bicubic",
+            Filter::Bilinear => "bilinear",
+        }
+    }
+
+    #[getter]
+    fn fill(&self) -> u8 {
+        self.0.fill
+    }
+
+    fn __repr__(&self) -> String {
+        let Target { height, width, fill, .. } = self.0;
+        let (mode, interpolation) = (self.resize_mode(), self.interpolation());
+        format!("Target({height}, {width}, '{mode}', '{interpolation}', {fill})")
+    }
+
+    fn __getnewargs__(&self) -> (usize, usize, &'static str, &'static str, u8) {
+        (self.0.height, self.0.width, self.resize_mode(), self.interpolation(), self.0.fill)
+    }
+}
+
+fn unknown(name: &str, value: &str, known: &str) -> PyErr {
+    PyValueError::new_err(format!("{name} must be {known}, not '{value}'"))
+}
+
+/// A path or the bytes of a file, owned so that the GIL can be released.
+#[derive(FromPyObject)]
+enum PySource {
+    Bytes(PyBackedBytes),
+    Path(PathBuf),
+}
+
+impl PySource {
+    fn borrow(&self) -> Source<'_> {
+        match self {
+            PySource::Bytes(bytes) => Source::Bytes(bytes),
+            PySource::Path(path) => Source::Path(path),
+        }
+    }
+
+    fn name(&self, row: usize) -> String {
+        match self {
+            PySource::Bytes(_) => format!("image {row} (bytes)"),
+            PySource::Path(path) => format!("'{}'", path.display()),
+        }
+    }
+}
+
+/// Everything that the decoding functions share.
+struct Call {
+    sources: Vec<PySource>,
+    targets: Vec<Target>,
+    orient: bool,
+    threads: usize,
+    max_pixels: u64,
+    scaled: bool,
+}
+
+impl Call {
+    fn run<'py>(self, py: Python<'py>, crops: &[Crop]) -> PyResult<(Outputs<'py>, Failures)> {
+        let rows = self.sources.len();
+        let (outputs, failed) = py.detach(|| {
+            let sources: Vec<Source> = self.sources.iter().map(PySource::borrow).collect();
+            let mut outputs: Vec<Vec<u8>> =
+                self.targets.iter().map(|t| vec![0; rows * t.bytes()]).collect();
+            let options = Options {
+                targets: &self.targets,
+                orient: self.orient,
+                max_pixels: self.max_pixels,
+                scaled: self.scaled,
+            };
+            let failed = decode_batch(&sources, crops, &options, self.threads, &mut outputs);
+            (outputs, failed)
+        });
+        let arrays = outputs.into_iter().zip(&self.targets).map(|(output, target)| {
+            output.into_pyarray(py).reshape([rows, target.height, target.width, 3])
+        });
+        let arrays = arrays.collect::<PyResult<_>>()?;
+        let name = |row: usize| self.sources[row].name(row);
+        Ok((arrays, failed.into_iter().map(|(row, e)| failure(row, &e, name(row))).collect()))
+    }
+}
+
+fn failure(row: usize, error: &Error, name: String) -> (usize, &'static str, String) {
+    (row, error.kind(), format!("{name}: {error}"))
+}
+
+fn bare(targets: Vec<PyTarget>) -> Vec<Target> {
+    targets.into_iter().map(|target| target.0).collect()
+}
+
+fn check_rows(name: &str, rows: usize, expected: usize) -> PyResult<()> {
+    if rows == expected {
+        return Ok(());
+    }
+    Err(PyValueError::new_err(format!("{name} has {rows} rows for {expected} images")))
+}
+
+fn sides(boxes: ArrayView2<i64>, row: usize) -> [i64; 4] {
+    std::array::from_fn(|i| boxes[[row, i]])
+}
+
+fn check_boxes(boxes: ArrayView2<i64>, expected: usize) -> PyResult<()> {
+    check_rows("boxes", boxes.nrows(), expected)?;
+    if boxes.ncols() != 4 {
+        return Err(PyValueError::new_err("boxes must be (B, 4): left, top, right, bottom"));
+    }
+    Ok(())
+}
+
+#[pyfunction]
+#[pyo3(signature = (sources, targets, *, boxes = None, flips = None, orient = false, threads = 0, max_pixels = 178_956_970, scaled = false))]
+#[expect(clippy::too_many_arguments, reason = "they are keywords in Python")]
+fn decode<'py>(
+    py: Python<'py>,
+    sources: Vec<PySource>,
+    targets: Vec<PyTarget>,
+    boxes: Option<PyReadonlyArray2<'py, i64>>,
+    flips: Option<PyReadonlyArray1<'py, bool>>,
+    orient: bool,
+    threads: usize,
+    max_pixels: u64,
+    scaled: bool,
+) -> PyResult<(Outputs<'py>, Failures)> {
+    let boxes = boxes.as_ref().map(|b| b.as_array());
+    let flips = flips.as_ref().map(|f| f.as_array());
+    boxes.map_or(Ok(()), |b| check_boxes(b, sources.len()))?;
+    flips.map_or(Ok(()), |f| check_rows("flips", f.len(), sources.len()))?;
+    let crop = |row: usize| {
+        let flip = flips.is_some_and(|f| f[row]);
+        match boxes {
+            Some(boxes) => Crop::Box { sides: sides(boxes, row), flip },
+            None => Crop::Whole { flip },
+        }
+    };
+    let crops: Vec<Crop> = (0..sources.len()).map(crop).collect();
+    let call = Call { sources, targets: bare(targets), orient, threads, max_pixels, scaled };
+    call.run(py, &crops)
+}
+
+#[pyfunction]
+#[pyo3(signature = (sources, targets, *, seed, keys, views, scale = (0.08, 1.0), ratio = (0.75, 4.0 / 3.0), flip = 0.5, orient = false, threads = 0, max_pixels = 178_956_970, scaled = false))]
+#[expect(clippy::too_many_arguments, reason = "they are keywords in Python")]
+fn decode_views<'py>(
+    py: Python<'py>,
+    sources: Vec<PySource>,
+    targets: Vec<PyTarget>,
+    seed: u64,
+    keys: PyReadonlyArray1<'py, u64>,
+    views: PyReadonlyArray1<'py, u32>,
+    scale: (f64, f64),
+    ratio: (f64, f64),
+    flip: f64,
+    orient: bool,
+    threads: usize,
+    max_pixels: u64,
+    scaled: bool,
+) -> PyResult<(Outputs<'py>, Failures)> {
+    let range = view_range(scale, ratio, flip)?;
+    let (keys, views) = (keys.as_array(), views.as_array());
+    check_rows("keys", keys.len(), sources.len())?;
+    check_rows("views", views.len(), sources.len())?;
+    let pairs = keys.iter().zip(views);
+    let crops: Vec<Crop> =
+        pairs.map(|(&key, &view)| Crop::View { range, seed, key, view }).collect();
+    let call = Call { sources, targets: bare(targets), orient, threads, max_pixels, scaled };
+    call.run(py, &crops)
+}
+
+fn view_range(scale: (f64, f64), ratio: (f64, f64), flip: f64) -> PyResult<ViewRange> {
+    let range = ViewRange { scale, ratio, flip };
+    range.check().map_err(PyValueError::new_err)?;
+    Ok(range)
+}
+
+#[pyfunction]
+#[pyo3(signature = (sources, *, orient = false, threads = 0))]
+fn image_sizes<'py>(
+    py: Python<'py>,
+    sources: Vec<PySource>,
+    orient: bool,
+    threads: usize,
+) -> (Bound<'py, PyArray2<i64>>, Failures) {
+    let results = py.detach(|| {
+        let borrowed: Vec<Source> = sources.iter().map(PySource::borrow).collect();
+        sizes_of(&borrowed, orient, threads)
+    });
+    let mut sizes = Array2::zeros((results.len(), 2));
+    let mut failures = Vec::new();
+    for (row, result) in results.iter().enumerate() {
+        match result {
+            Ok((width, height)) => {
+                sizes[[row, 0]] = *width as i64;
+                sizes[[row, 1]] = *height as i64;
+            }
+            Err(error) => failures.push(failure(row, error, sources[row].name(row))),
+        }
+    }
+    (sizes.into_pyarray(py), failures)
+}
+
+#[pyfunction]
+#[pyo3(signature = (seed, keys, views, sizes, *, scale = (0.08, 1.0), ratio = (0.75, 4.0 / 3.0), flip = 0.5))]
+#[expect(clippy::too_many_arguments, reason = "they are keywords in Python")]
+fn random_views<'py>(
+    py: Python<'py>,
+    seed: u64,
+    keys: PyReadonlyArray1<'py, u64>,
+    views: PyReadonlyArray1<'py, u32>,
+    sizes: PyReadonlyArray2<'py, i64>,
+    scale: (f64, f64),
+    ratio: (f64, f64),
+    flip: f64,
+) -> PyResult<(Bound<'py, PyArray2<i64>>, Bound<'py, PyArray1<bool>>)> {
+    let range = view_range(scale, ratio, flip)?;
+    let (keys, views, sizes) = (keys.as_array(), views.as_array(), sizes.as_array());
+    check_rows("views", views.len(), keys.len())?;
+    check_rows("sizes", sizes.nrows(), keys.len())?;
+    let (boxes, flips) = all_views(&range, seed, keys, views, sizes)?;
+    Ok((boxes.into_pyarray(py), flips.into_pyarray(py)))
+}
+
+fn all_views(
+    range: &ViewRange,
+    seed: u64,
+    keys: ArrayView1<u64>,
+    views: ArrayView1<u32>,
+    sizes: ArrayView2<i64>,
+) -> PyResult<(Array2<i64>, Vec<bool>)> {
+    let mut boxes = Array2::zeros((keys.len(), 4));
+    let mut flips = Vec::with_capacity(keys.len());
+    for row in 0..keys.len() {
+        let side =
+            |i: usize| sizes.get([row, i]).and_then(|s| u32::try_from(*s).ok()).filter(|s| *s > 0);
+        let (Some(width), Some(height)) = (side(0), side(1)) else {
+            return Err(PyValueError::new_err(format!("sizes[{row}] is not a width and a height")));
+        };
+        let v = view::random_view(range, seed, keys[row], views[row], width, height);
+        let sides = [v.left, v.top, v.left + v.width, v.top + v.height];
+        sides.into_iter().enumerate().for_each(|(i, s)| boxes[[row, i]] = i64::from(s));
+        flips.push(v.flip);
+    }
+    Ok((boxes, flips))
+}
+
+#[pyfunction]
+fn image_key(relative_path: std::ffi::OsString) -> u64 {
+    let bytes = relative_path.as_encoded_bytes();
+    if cfg!(windows) {
+        let slashed: Vec<u8> = bytes.iter().map(|&b| if b == b'\\' { b'/' } else { b }).collect();
+        return view::image_key(&slashed);
+    }
+    view::image_key(bytes)
+}
+
+#[pyfunction]
+#[pyo3(signature = (pixels, targets, *, r#box = None, flip = false))]
+fn resize<'py>(
+    py: Python<'py>,
+    pixels: PyReadonlyArray3<'py, u8>,
+    targets: Vec<PyTarget>,
+    r#box: Option<[i64; 4]>,
+    flip: bool,
+) -> PyResult<Vec<Bound<'py, numpy::PyArray3<u8>>>> {
+    let targets = bare(targets);
+    let view = pixels.as_array();
+    let (height, width, channels) = view.dim();
+    if channels != 3 || height == 0 || width == 0 {
+        let message = format!("pixels must be (H, W, 3), not {:?}", view.shape());
+        return Err(PyValueError::new_err(message));
+    }
+    let crop = match r#box {
+        Some(sides) => Crop::Box { sides, flip },
+        None => Crop::Whole { flip },
+    };
+    let (rect, flip) =
+        place(&crop, (width, height)).map_err(|e| PyValueError::new_err(e.to_string()))?;
+    let owned: Vec<u8> = match view.as_slice() {
+        Some(slice) => slice.to_vec(),
+        None => view.iter().copied().collect(),
+    };
+    let outputs = py.detach(|| resize_pixels(&owned, width, rect, flip, &targets));
+    let arrays = outputs.into_iter().zip(&targets);
+    arrays.map(|(out, t)| out.into_pyarray(py).reshape([t.height, t.width, 3])).collect()
+}
+
+#[pyfunction]
+fn version() -> &'static str {
+    env!("CARGO_PKG_VERSION")
+}
+
+/// Adds every name to the module.
+pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add_class::<PyTarget>()?;
+    module.add_function(wrap_pyfunction!(decode, module)?)?;
+    module.add_function(wrap_pyfunction!(decode_views, module)?)?;
+    module.add_function(wrap_pyfunction!(image_sizes, module)?)?;
+    module.add_function(wrap_pyfunction!(random_views, module)?)?;
+    module.add_function(wrap_pyfunction!(image_key, module)?)?;
+    module.add_function(wrap_pyfunction!(resize, module)?)?;
+    module.add_function(wrap_pyfunction!(version, module)?)
+}
