@@ -34,3 +34,7 @@ def device() -> torch.device:
 def generator() -> torch.Generator:
     """A random stream that is the same in every run."""
     return torch.Generator().manual_seed(20240305)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--protocol-golden-dir", help="compare with this golden set alone")
