@@ -1,0 +1,89 @@
+"""Deep prompts, the only thing that PromptKD trains inside a tower (IVLP).
+
+Vision: P tokens are appended to the patches; layers 1..d-1 replace what the layer before made of
+them. Text: tokens 1..P ("a photo of a") are replaced alike, shared by all classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from promptkd.errors import ModelError
+
+INIT_STD = 0.02
+
+
+class DeepPrompts(nn.Module):
+    """One (P, width) tensor for each of the first `depth` layers, in float32."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.layers = nn.ParameterList([nn.Parameter(t.detach().clone()) for t in tensors])
+
+    @classmethod
+    def random(
+        cls, num_prompts: int, width: int, depth: int, generator: torch.Generator
+    ) -> DeepPrompts:
+        """Normal with standard deviation 0.02, as in the paper's code."""
+        return cls(
+            [INIT_STD * torch.randn(num_prompts, width, generator=generator) for _ in range(depth)]
+        )
+
+    @property
+    def depth(self) -> int:
+        """Number of prompted layers."""
+        return len(self.layers)
+
+    @property
+    def num_prompts(self) -> int:
+        """Tokens a layer."""
+        return int(self.layers[0].shape[0])
+
+    def forward(self) -> list[Tensor]:
+        """The tensors, layer by layer."""
+        return list(self.layers)
+
+
+class PromptedNames:
+    """Class names tokenised into a template whose leading words the text prompts replace.
+
+    Attributes:
+        tokens: (C, L) ids: start, P context slots, the rest of the sentence; cut behind the last
+            end token.
+        context: (P,) ids of the words that the prompts start from.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        template: str,
+        num_prompts: int,
+        tokenize: Callable[[Sequence[str]], Tensor],
+    ) -> None:
+        prefix, found, _ = template.partition("{}")
+        if not found or not prefix.strip():
+            raise ModelError(
+                f"the template '{template}' has no words before '{{}}' for the prompts to replace; "
+                "use one like 'a photo of a {}.'"
+            )
+        start = tokenize([prefix.strip()])[0]
+        num_words = int(start.argmax()) - 1
+        words = start[1 : 1 + num_words]
+        full = tokenize([template.format(plain_name(name)) for name in names])
+        if not bool((full[:, 1 : 1 + num_words] == words).all()):
+            raise ModelError(f"the words of the template '{template}' before '{{}}' merge with a name")
+        # More prompts than words: start from the words again, in a circle.
+        self.context = words[torch.arange(num_prompts) % num_words]
+        slots = self.context.expand(len(names), -1)
+        tokens = torch.cat([full[:, :1], slots, full[:, 1 + num_words :]], dim=1)[:, : full.shape[1]]
+        if bool((tokens.max(dim=1).values != full.max(dim=1).values).any()):
+            raise ModelError(f"{num_prompts} prompts leave no room for the longest class name")
+        self.tokens = tokens
+
+
+def plain_name(name: str) -> str:
+    """A class name as it stands in a sentence: underscores become blanks."""
+    return name.replace("_", " ")

@@ -1,0 +1,419 @@
+"""Stage 2: distil a teacher into a small student on unlabelled pictures (PromptKD, CVPR 2024).
+
+    L = kd_weight · T² · KL(softmax(z_t / T) || softmax(z_s / T)), averaged over the batch
+
+z_t, z_s: logits of teacher and student against the same class vectors. The student's vision
+prompts and projector train, nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from promptkd.benchmarks import paper
+from promptkd.clip import PRECISIONS, Clip, load_clip
+from promptkd.data.loader import CropRecipe, ViewLoader, epoch_order, prefetch, split_batches
+from promptkd.data.sources import ImageList, check_class_names, unlabelled
+from promptkd.errors import CheckpointError, DataError, TrainingError
+from promptkd.loss import kd_loss
+from promptkd.prompts import DeepPrompts
+from promptkd.stages.holdout import Holdout, describe_teacher, split_holdout
+from promptkd.stages.progress import Progress
+from promptkd.stages.run import Run, TrainConfig, Training
+from promptkd.stages.teach import TeachConfig, pick_device, teach
+from promptkd.stages.views import TeacherViews
+from promptkd.student import Projector, Student, StudentInfo
+from promptkd.teacher import Teacher, zero_shot_teacher
+
+_EVALUATIONS = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DistillConfig(TrainConfig):
+    """Stage 2. The defaults are our own recipe, good for a folder of any size."""
+
+    epochs: int = 20
+    """Passes over the pictures."""
+    min_steps: int = 8000
+    """Go on for at least so many steps, whatever `epochs` says (a small folder needs them)."""
+    batch_size: int = 32
+    """Pictures a step."""
+    lr: float = 0.003
+    """Peak learning rate."""
+    optimizer: Literal["sgd", "adamw"] = "adamw"
+    """"sgd": momentum 0.9, no Nesterov; "adamw": the default betas."""
+    schedule: Literal["paper", "cosine"] = "cosine"
+    """"paper": by epochs, the first at 1e-5, then a cosine; "cosine": by steps, after a warm-up."""
+    weight_decay: float = 0.01
+    """On everything that trains."""
+    warmup_steps: int = 100
+    """Steps of linear warm-up ("cosine" only)."""
+    crop_scale: tuple[float, float] = (0.5, 1.0)
+    """Share of the picture that a training view covers."""
+    temperature: float = 1.0
+    """T; softens both sides."""
+    kd_weight: float = 25.0
+    """Factor of T²·KL averaged over the batch; does not depend on the number of classes."""
+    views: int = 64
+    """Views of a picture that the teacher sees; from then on they come around again, its answers
+    kept in memory. 0: fresh views for ever, the teacher in every step."""
+    min_confidence: float = 0.0
+    """Pictures on which the teacher's highest probability is lower carry no loss."""
+    holdout: float = 0.05
+    """Share of the pictures kept aside to see whether it works."""
+
+    def __post_init__(self) -> None:
+        TrainConfig.__post_init__(self)
+        checks = [
+            (self.temperature > 0, "temperature must be positive"),
+            (self.kd_weight > 0, "kd_weight must be positive"),
+            (self.views >= 0, "views must not be negative"),
+            (0 <= self.min_confidence < 1, "min_confidence must lie in [0, 1)"),
+            (0 <= self.holdout < 0.5, "holdout must lie in [0, 0.5)"),
+        ]
+        for good, message in checks:
+            if not good:
+                raise ValueError(f"DistillConfig: {message}")
+
+    @classmethod
+    def paper(
+        cls, dataset: str, *, protocol: str = "base-to-novel", num_classes: int | None = None, **changes: Any
+    ) -> DistillConfig:
+        """The paper's settings for a dataset, KD_WEIGHT/N resolved.
+
+        The official loss is KD_WEIGHT · T² · ΣKL / (B·N), so on the batch mean the factor is
+        KD_WEIGHT/N.
+
+        Args:
+            dataset: one of the paper's, for example "dtd".
+            protocol: "base-to-novel", "cross-dataset" or "few-shot".
+            num_classes: N, when it isn't the dataset's own.
+            changes: fields to set otherwise.
+        """
+        entry = paper.find(dataset)
+        recipe = entry.student(protocol)
+        fields: dict[str, Any] = {
+            "epochs": recipe.epochs,
+            "min_steps": 0,
+            "batch_size": recipe.batch_size,
+            "lr": recipe.lr,
+            "optimizer": "sgd",
+            "schedule": "paper",
+            "weight_decay": 5e-4,
+            "warmup_steps": 0,
+            "num_prompts": recipe.num_prompts,
+            "prompt_depth": recipe.prompt_depth,
+            "crop_scale": (0.08, 1.0),
+            "temperature": recipe.temperature,
+            "kd_weight": recipe.weight_per_row(num_classes or entry.num_classes),
+            "views": 0,
+            "holdout": 0.0,
+        }
+        return cls(**{**fields, **changes})
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One step's input: normalised pixels (B, 3, H, W) and the teacher's unit features (B, D)."""
+
+    pixels: Tensor
+    teacher_features: Tensor
+
+
+class DistillStep:
+    """The loss of a batch; holds the class vectors less their mean, which changes no softmax."""
+
+    def __init__(self, student: Student, teacher_scale: float, config: DistillConfig) -> None:
+        self.student, self.config, self.teacher_scale = student, config, teacher_scale
+        vectors = student.class_vectors
+        self.class_vectors = vectors - vectors.mean(dim=0, keepdim=True)
+
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        """Return {"loss": kd_weight·T²·KL, "kl": T²·KL}, batch means."""
+        rows = kd_loss(
+            self.student.project(batch.pixels),
+            batch.teacher_features,
+            self.class_vectors,
+            student_scale=self.student.logit_scale,
+            teacher_scale=self.teacher_scale,
+            temperature=self.config.temperature,
+            reduction="none",
+        )
+        if self.config.min_confidence > 0:
+            rows = rows * self._confident(batch.teacher_features)
+        kl = rows.mean()
+        return {"loss": self.config.kd_weight * kl, "kl": kl.detach()}
+
+    def _confident(self, teacher_features: Tensor) -> Tensor:
+        logits = self.teacher_scale * teacher_features @ self.class_vectors.T
+        return (logits.softmax(dim=-1).amax(dim=-1) >= self.config.min_confidence).float()
+
+
+def new_student(clip: Clip, teacher: Teacher, config: DistillConfig, *, orient: bool = True) -> Student:
+    """An untrained student: random prompts and projector from the seed, the teacher's vectors."""
+    generator = torch.Generator().manual_seed(config.seed)
+    depth = min(config.prompt_depth, clip.vision.num_layers)
+    prompts = DeepPrompts.random(config.num_prompts, clip.vision.width, depth, generator)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        projector = Projector(clip.vision.output_dim, teacher.class_vectors.shape[1])
+    wide = _compute_dtype(config)
+    info = StudentInfo(
+        class_names=teacher.class_names,
+        teacher=teacher.clip.name,
+        teacher_fingerprint=teacher.fingerprint(),
+        orient=orient,
+    )
+    vectors = teacher.class_vectors.to(wide)
+    return Student(clip, prompts.to(wide), projector.to(wide), vectors, info).to(clip.device)
+
+
+def distill(
+    images: Any,
+    class_names: Sequence[str] | None = None,
+    *,
+    teacher: Any = "ViT-L-14/openai",
+    student: Any = "ViT-B-16/openai",
+    labelled: Any = None,
+    output: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    device: torch.device | str | None = None,
+    config: DistillConfig | None = None,
+    teach_config: TeachConfig | None = None,
+    orient: bool = True,
+    progress: Progress | None = None,
+) -> Student:
+    """Stage 2: make a student from a teacher and unlabelled pictures.
+
+    Args:
+        images: a folder (with a split.json its `train` part), a list file, or a list of paths.
+        class_names: what to tell apart; not together with a teacher that brings its own.
+        teacher: a model name (zero-shot: template ensemble), a teacher folder, or a `Teacher`.
+        student: the small CLIP, in any form that `promptkd.clip.load_clip` takes.
+        labelled: a few labelled pictures: run stage 1 on `teacher` (a model name) first.
+        output: folder for the student, checkpoints and log (stage 1 goes to `output`/teacher).
+        resume: go on with the run in `output`.
+        device: default: the GPU if there is one.
+        config: see `DistillConfig`.
+        teach_config: settings of stage 1, and the templates of a zero-shot teacher.
+        orient: apply the EXIF orientation of the pictures; off to reproduce the paper's datasets.
+        progress: where to report; default: a bar or lines on stderr.
+
+    Returns:
+        The student in eval mode; `student.info.summary` tells how it went.
+
+    Raises:
+        DataError: no pictures, a single one, no or repeated class names, names beside a teacher
+            that brings its own.
+        ModelError: an unknown or unsuitable model.
+        CheckpointError: `output` holds another run, or a damaged checkpoint.
+        TrainingError: the loss diverged; the last good checkpoint is kept.
+    """
+    config = config or DistillConfig()
+    progress = progress or Progress()
+    place = pick_device(device)
+    pictures = unlabelled(images)
+    if len(pictures) < 2:
+        raise DataError("distilling needs at least two pictures (BatchNorm can't learn from one)")
+    folder = Path(output).expanduser() if output is not None else None
+    guide = _the_teacher(
+        teacher, class_names, labelled, folder, resume, place, config, teach_config, orient, progress
+    )
+    clip = load_clip(student, precision=config.precision, device=place)
+    identity = {
+        "config": asdict(replace(config, checkpoint_minutes=TrainConfig().checkpoint_minutes)),
+        "teacher": guide.fingerprint(),
+        "student": clip.image_hash,
+        "class_names": list(guide.class_names),
+        "images": pictures.digest(),
+        "orient": orient,
+    }
+    run = Run(folder, "distill", identity, resume=resume)
+    if resume and folder is not None and (folder / "student.json").is_file():
+        return Student.load(folder, backbone=student, precision=config.precision, device=place)
+    pupil = new_student(clip, guide, config, orient=orient)
+    _train(pupil, guide, pictures, config, run, progress, orient)
+    if folder is not None:
+        pupil.save(folder)
+        run.finish()
+    return pupil
+
+
+def _the_teacher(
+    teacher: Any,
+    class_names: Sequence[str] | None,
+    labelled: Any,
+    folder: Path | None,
+    resume: bool,
+    place: torch.device,
+    config: DistillConfig,
+    teach_config: TeachConfig | None,
+    orient: bool,
+    progress: Progress,
+) -> Teacher:
+    """The teacher asked for: given, opened, tuned, or zero-shot."""
+    is_folder = isinstance(teacher, str | os.PathLike) and (Path(teacher) / "teacher.json").is_file()
+    if isinstance(teacher, Teacher) or is_folder:
+        if labelled is not None:
+            raise DataError("a finished teacher needs no labelled pictures; give a model name to tune one")
+        if class_names is not None:
+            raise DataError("this teacher brings its class names; leave class_names out")
+        if isinstance(teacher, Teacher):
+            return teacher.to(place)
+        return Teacher.load(teacher, precision=config.precision, device=place)
+    stage1 = replace(teach_config or TeachConfig(), precision=config.precision)
+    if labelled is not None:
+        if resume and folder is not None and (folder / "teacher" / "teach_run.json").is_file() is False:
+            resume = False
+        return teach(
+            labelled,
+            class_names,
+            model=teacher,
+            output=None if folder is None else folder / "teacher",
+            resume=resume,
+            device=place,
+            config=stage1,
+            orient=orient,
+            progress=progress,
+        )
+    if class_names is None:
+        raise DataError(
+            "give class_names: what the pictures may show (a teacher folder or Teacher brings its own)"
+        )
+    names = check_class_names(class_names)
+    templates = teach_config.templates if teach_config is not None else config.templates
+    return zero_shot_teacher(load_clip(teacher, precision=config.precision, device=place), names, templates)
+
+
+def _train(
+    student: Student,
+    teacher: Teacher,
+    pictures: ImageList,
+    config: DistillConfig,
+    run: Run,
+    progress: Progress,
+    orient: bool,
+) -> None:
+    """Train the student in place and write down how it went."""
+    train_rows, held_rows = split_holdout(len(pictures), config.holdout, config.seed)
+    images = pictures.select(train_rows)
+    progress.say(
+        f"stage 2: {len(images)} pictures to learn from, {len(held_rows)} kept aside, "
+        f"{len(student.class_names)} classes; kd_weight {config.kd_weight:g} on the batch mean "
+        f"(the paper's KD_WEIGHT {config.kd_weight * len(student.class_names):g})"
+    )
+    report = describe_teacher(teacher, pictures, orient=orient, progress=progress)
+    holdout = Holdout(teacher, student, pictures.select(held_rows), config.temperature, orient=orient)
+    before = holdout.measure(student)
+    zero_shot = holdout.zero_shot_agreement(config.templates)
+    batches = ViewBatches(images, student, teacher, config, orient=orient, progress=progress)
+    step = DistillStep(student, teacher.logit_scale, config)
+    num_steps = config.num_steps(batches.steps_per_epoch)
+    every = max(1, num_steps // _EVALUATIONS)
+
+    def measure(done: int) -> dict[str, float] | None:
+        return holdout.measure(student) if done % every == 0 or done == num_steps else None
+
+    training = Training(
+        config=config,
+        parameters=student.trainable_parameters(),
+        modules={"prompts": student.prompts, "projector": student.projector},
+        batches=batches,
+        step=step,
+        run=run,
+        progress=progress,
+        on_step=measure,
+    )
+    student.train()
+    steps = training.execute()
+    student.eval()
+    student.with_summary(
+        steps=steps,
+        num_images=len(images),
+        num_holdout=len(held_rows),
+        zero_shot_agreement=zero_shot,
+        before=before,
+        after=holdout.measure(student),
+        history=training.history,
+        teacher_report=report,
+        unreadable=sorted(batches.failures.values()),
+        config=asdict(config),
+    )
+    holdout.verdict(student, progress)
+
+
+class ViewBatches:
+    """Batches of stage 2: pixels for the student and the teacher's features of the same views."""
+
+    def __init__(
+        self,
+        images: ImageList,
+        student: Student,
+        teacher: Teacher,
+        config: DistillConfig,
+        *,
+        orient: bool,
+        progress: Progress,
+    ) -> None:
+        self._images, self._student, self._config = images, student, config
+        self._dtype = _compute_dtype(config)
+        crop = CropRecipe(scale=config.crop_scale)
+        self._views = TeacherViews(
+            teacher, images, crop, seed=config.seed, orient=orient, dtype=self._dtype, progress=progress
+        )
+        per_epoch = self.steps_per_epoch
+        num_epochs = -(-config.num_steps(per_epoch) // per_epoch)
+        self._period = self._views.plan(config.views, num_epochs)
+        both = [student.clip.preprocess, teacher.preprocess]
+        self._loader = ViewLoader(
+            images, both if self._period == 0 else both[:1], crop, seed=config.seed, orient=orient
+        )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches an epoch."""
+        return len(split_batches(range(len(self._images)), self._config.batch_size))
+
+    @property
+    def failures(self) -> dict[int, str]:
+        """Pictures that could not be read, with the reason."""
+        return self._loader.failures.reasons
+
+    def batches(self, epoch: int, first: int) -> Iterator[Batch]:
+        """The batches of an epoch from number `first` on; rows that can't be read are left out."""
+        order = epoch_order(len(self._images), self._config.seed, epoch)
+        rows = split_batches(order, self._config.batch_size)[first:]
+        view = epoch % self._period if self._period else epoch
+        known = self._views.features(view) if self._period else None
+        for pixels, kept in prefetch(self._loader.load, [(r, view) for r in rows]):
+            if len(kept) < 2:
+                continue  # BatchNorm needs two
+            device = self._student.device
+            mine = self._student.clip.preprocess.normalize(pixels[0].to(device), self._dtype)
+            if known is not None:
+                yield Batch(mine, known[kept].to(device))
+            else:
+                yield Batch(mine, self._views.encode(pixels[1]))
+
+
+def _compute_dtype(config: TrainConfig) -> torch.dtype:
+    return torch.float64 if PRECISIONS[config.precision] == torch.float64 else torch.float32
+
+
+__all__ = [
+    "Batch",
+    "CheckpointError",
+    "DistillConfig",
+    "DistillStep",
+    "TrainingError",
+    "ViewBatches",
+    "distill",
+    "new_student",
+]

@@ -1,0 +1,154 @@
+"""Seeing without labels whether distillation works: pictures kept aside, agreement and KL there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from promptkd.clip import Preprocess
+from promptkd.data.loader import chunks, load_whole
+from promptkd.data.sources import ImageList
+from promptkd.stages.progress import Progress
+from promptkd.student import Student
+from promptkd.teacher import Teacher, ensemble_features, unit
+
+LOW_CONFIDENCE = 0.5
+_LOOK_AT = 2048
+
+
+def split_holdout(num_images: int, share: float, seed: int) -> tuple[list[int], list[int]]:
+    """Rows to learn from and rows kept aside; at least two stay to learn from."""
+    held = min(-(-num_images * share // 1), num_images - 2)
+    generator = torch.Generator().manual_seed(seed + 7_919)
+    order = torch.randperm(num_images, generator=generator).tolist()
+    return sorted(order[int(held) :]), sorted(order[: int(held)])
+
+
+class Holdout:
+    """Pictures kept aside, their pixels for the student, and the teacher's answers on them."""
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        student: Student,
+        images: ImageList,
+        temperature: float,
+        *,
+        orient: bool,
+    ) -> None:
+        self._student, self._images, self._orient = student, images, orient
+        self._temperature = temperature
+        self.log_probs = teacher_log_probs(teacher, images, temperature, orient=orient)
+        self.last: dict[str, float] | None = None
+        self.zero_shot: float | None = None
+
+    def measure(self, student: Student) -> dict[str, float] | None:
+        """Top-1 agreement with the teacher in percent, and KL(teacher || student); None if empty."""
+        if len(self._images) == 0:
+            return None
+        was_training = student.training
+        student.eval()
+        with torch.no_grad():
+            logits = torch.cat([student(p) for p in self._pixels(student.clip.preprocess)])
+        student.train(was_training)
+        mine = F.log_softmax(logits.cpu() / self._temperature, dim=-1)
+        kl = (self.log_probs.exp() * (self.log_probs - mine)).sum(dim=-1).mean()
+        self.last = {"agreement": self._agreement(mine), "holdout_kl": float(kl)}
+        return self.last
+
+    @torch.no_grad()
+    def zero_shot_agreement(self, templates: Sequence[str]) -> float | None:
+        """Agreement of the student's own CLIP, before any distillation; None without text side."""
+        student = self._student
+        if len(self._images) == 0 or student.clip.text is None:
+            return None
+        vectors = unit(ensemble_features(student.clip, student.class_names, templates))
+        features = [unit(student.vision(p)) for p in self._pixels(student.clip.preprocess)]
+        self.zero_shot = self._agreement((torch.cat(features) @ vectors.T).cpu())
+        return self.zero_shot
+
+    def verdict(self, student: Student, progress: Progress) -> None:
+        """Say whether it worked; a student below its own zero-shot agreement has failed."""
+        before, after = student.info.summary["before"], student.info.summary["after"]
+        if after is None:
+            student.with_summary(failed=False)
+            return
+        failed = self.zero_shot is not None and after["agreement"] < self.zero_shot
+        student.with_summary(failed=failed)
+        own = "" if self.zero_shot is None else f" (its own zero-shot: {self.zero_shot:.1f} %)"
+        progress.say(
+            f"agreement with the teacher on {len(self._images)} pictures kept aside: "
+            f"{before['agreement']:.1f} % → {after['agreement']:.1f} %{own}; "
+            f"KL {before['holdout_kl']:.3f} → {after['holdout_kl']:.3f}"
+        )
+        if failed:
+            progress.say(
+                "FAILED: the student agrees with its teacher less than it did before distilling. "
+                "Try more pictures or steps, a lower lr, or another seed.",
+                style="bold red",
+            )
+
+    def _agreement(self, scores: Tensor) -> float:
+        same = scores.argmax(dim=-1) == self.log_probs.argmax(dim=-1)
+        return 100 * float(same.double().mean())
+
+    def _pixels(self, preprocess: Preprocess) -> Any:
+        return whole_batches(self._images, preprocess, self._student, self._orient)
+
+
+def whole_batches(images: ImageList, preprocess: Preprocess, module: Any, orient: bool) -> Any:
+    """Normalised test views of pictures, batch by batch, on a module's device."""
+    device = module.class_vectors.device
+    dtype = torch.float64 if module.vision.dtype == torch.float64 else torch.float32
+    for rows in chunks(len(images)):
+        (pixels,) = load_whole([images.paths[r] for r in rows], [preprocess], orient=orient)
+        yield preprocess.normalize(pixels.to(device), dtype)
+
+
+def teacher_log_probs(teacher: Teacher, images: ImageList, temperature: float, *, orient: bool) -> Tensor:
+    """log softmax of the teacher's logits on whole pictures, (N, C)."""
+    vectors = teacher.class_vectors
+    rows = [
+        teacher.logit_scale * teacher.encode_image(p) @ vectors.T / temperature
+        for p in whole_batches(images, teacher.preprocess, teacher, orient)
+    ]
+    logits = torch.cat(rows) if rows else vectors.new_zeros(0, len(vectors))
+    return F.log_softmax(logits.cpu(), dim=-1)
+
+
+def describe_teacher(
+    teacher: Teacher, images: ImageList, *, orient: bool, progress: Progress
+) -> dict[str, Any]:
+    """What the teacher makes of (a sample of) the pictures, told to the user before training."""
+    step = max(1, len(images) // _LOOK_AT)
+    sample = images.select(range(0, len(images), step))
+    probs = teacher_log_probs(teacher, sample, 1.0, orient=orient).exp()
+    best, label = probs.max(dim=-1)
+    counts = torch.bincount(label, minlength=len(teacher.class_names)).tolist()
+    unsure = 100 * float((best < LOW_CONFIDENCE).double().mean())
+    by_class = dict(zip(teacher.class_names, counts, strict=True))
+    empty = [name for name, count in by_class.items() if count == 0]
+    most = sorted(by_class.items(), key=lambda kv: -kv[1])
+    progress.say(
+        f"teacher on {len(sample)} pictures: "
+        + ", ".join(f"{name} {count}" for name, count in most[:8])
+        + (f" … {most[-1][0]} {most[-1][1]}" if len(most) > 8 else "")
+        + f"; {unsure:.0f} % with a top probability below {LOW_CONFIDENCE}"
+    )
+    if empty:
+        progress.say(
+            f"warning: the teacher sees none of {len(empty)} classes: {', '.join(empty[:8])}"
+            + (" …" if len(empty) > 8 else ""),
+            style="yellow",
+        )
+    if unsure > 50:
+        progress.say(
+            "warning: the teacher is uncertain about most pictures; check the class names, or tune "
+            "it on a few labelled pictures first",
+            style="yellow",
+        )
+    return {"num_images": len(sample), "predictions": by_class, "low_confidence_percent": unsure}

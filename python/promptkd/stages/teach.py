@@ -1,0 +1,346 @@
+"""Stage 1: tune the prompts of a large CLIP on a few labelled pictures (PromptSRC, ICCV 2023).
+
+    L = CE + 25·mean|t - t0| + 10·mean|v - v0| + KL(zero-shot || prompted)
+
+t, v: prompted text and image features; t0, v0: those of the frozen CLIP; all unit length. The
+epoch-end prompts are averaged with Gaussian weights (GPA). Class vectors are computed once, after
+the final prompts, for all class names.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from promptkd.clip import PRECISIONS, Clip, cut_tokens, load_clip
+from promptkd.data.loader import CropRecipe, ViewLoader, epoch_order, prefetch, split_batches
+from promptkd.data.sources import (
+    ImageList,
+    check_class_names,
+    few_shot,
+    find_split,
+    labelled,
+)
+from promptkd.errors import DataError
+from promptkd.prompts import DeepPrompts, PromptedNames, plain_name
+from promptkd.stages.progress import Progress
+from promptkd.stages.run import Run, TrainConfig, Training
+from promptkd.teacher import (
+    PROMPT_TEMPLATE,
+    Teacher,
+    TeacherInfo,
+    ensemble_features,
+    prompted_class_vectors,
+    unit,
+    zero_shot_teacher,
+)
+from promptkd.templates import IMAGENET_TEMPLATES_60
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeachConfig(TrainConfig):
+    """Stage 1. The defaults are PromptSRC's for a ViT-L/14."""
+
+    method: Literal["promptsrc", "zero-shot"] = "promptsrc"
+    """"promptsrc" tunes prompts; "zero-shot" only averages the templates' text features."""
+    shots: int = 16
+    """Labelled pictures a class; 0 takes all."""
+    templates: tuple[str, ...] = IMAGENET_TEMPLATES_60
+    """Templates behind t0 (and behind zero-shot class vectors)."""
+    template: str = PROMPT_TEMPLATE
+    """The sentence whose words before "{}" the text prompts replace."""
+    text_weight: float = 25.0
+    """Weight of mean|t - t0|."""
+    image_weight: float = 10.0
+    """Weight of mean|v - v0|."""
+    logit_weight: float = 1.0
+    """Weight of the KL to the zero-shot logits."""
+    gpa_mean: float = 15.0
+    """Epoch at which the Gaussian average of prompts peaks."""
+    gpa_std: float = 1.0
+    """Its width in epochs."""
+
+    def __post_init__(self) -> None:
+        TrainConfig.__post_init__(self)
+        if self.gpa_std <= 0 or self.shots < 0:
+            raise ValueError("TeachConfig: gpa_std must be positive and shots not negative")
+
+    @classmethod
+    def paper(cls, protocol: str = "base-to-novel", **changes: Any) -> TeachConfig:
+        """PromptSRC's settings for a ViT-L/14 teacher.
+
+        Args:
+            protocol: "base-to-novel", "cross-dataset" or "few-shot".
+            changes: fields to set otherwise.
+        """
+        fields: dict[str, dict[str, Any]] = {
+            "base-to-novel": {"epochs": 20, "gpa_mean": 15.0, "gpa_std": 1.0},
+            "cross-dataset": {"epochs": 20, "gpa_mean": 6.0, "gpa_std": 10.0},
+            "few-shot": {"epochs": 50, "gpa_mean": 30.0, "gpa_std": 30.0},
+        }
+        if protocol not in fields:
+            raise ValueError(f"unknown protocol '{protocol}'; choose from {', '.join(fields)}")
+        return cls(**{**fields[protocol], **changes})
+
+
+def gpa_weights(mean: float, std: float, epochs: int) -> list[float]:
+    """w_e ∝ exp(-((e - mean)/std)²/2), e = 1..epochs, summing to 1."""
+    raw = [math.exp(-0.5 * ((e - mean) / std) ** 2) for e in range(1, epochs + 1)]
+    total = math.fsum(raw)
+    if total == 0:  # every epoch lies too far out: all weight on the nearest
+        nearest = min(range(epochs), key=lambda e: abs(e + 1 - mean))
+        return [float(e == nearest) for e in range(epochs)]
+    return [w / total for w in raw]
+
+
+class PromptAverage(nn.Module):
+    """Gaussian prompt averaging: the weighted sum of epoch-end prompts, kept in checkpoints."""
+
+    def __init__(self, prompts: Sequence[nn.Parameter], weights: Sequence[float]) -> None:
+        super().__init__()
+        self._prompts = prompts
+        self._weights = weights
+        for index, prompt in enumerate(prompts):
+            self.register_buffer(f"sum{index}", torch.zeros_like(prompt.data))
+
+    @torch.no_grad()
+    def add(self, epoch: int) -> None:
+        """Add the prompts as they are at the end of an epoch (from 1)."""
+        weight = self._weights[epoch - 1] if epoch <= len(self._weights) else 0.0
+        for prompt, total in zip(self._prompts, self.buffers(), strict=True):
+            total += weight * prompt
+
+    @torch.no_grad()
+    def install(self) -> None:
+        """Put the averages in the prompts' place."""
+        for prompt, total in zip(self._prompts, self.buffers(), strict=True):
+            prompt.copy_(total)
+
+
+class PromptSRC(nn.Module):
+    """The trained prompts and the losses of stage 1 over the classes that have labels."""
+
+    def __init__(
+        self,
+        clip: Clip,
+        class_names: Sequence[str],
+        config: TeachConfig,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        super().__init__()
+        self.clip, self.config = clip, config
+        tower = clip.need_text("tune a teacher")
+        generator = generator or torch.Generator().manual_seed(config.seed)
+        names = PromptedNames(class_names, config.template, config.num_prompts, clip.tokenize)
+        self.tokens = cut_tokens(names.tokens).to(clip.device)
+        depth = min(config.prompt_depth, clip.vision.num_layers)
+        text_depth = min(config.prompt_depth, tower.num_layers)
+        wide = torch.float64 if tower.dtype == torch.float64 else torch.float32
+        vision = DeepPrompts.random(config.num_prompts, clip.vision.width, depth, generator)
+        later = DeepPrompts.random(config.num_prompts, tower.width, text_depth - 1, generator)
+        context = tower.token_embedding(names.context.to(clip.device)).detach().cpu().to(wide)
+        self.vision_prompts = vision.to(wide).to(clip.device)
+        self.text_prompts = DeepPrompts([context, *later()]).to(wide).to(clip.device)
+        fixed = ensemble_features(clip, class_names, config.templates)
+        self.fixed_text = fixed / fixed.norm(dim=-1, keepdim=True)
+
+    def prompts(self) -> list[nn.Parameter]:
+        """All that stage 1 trains."""
+        return [*self.vision_prompts.parameters(), *self.text_prompts.parameters()]
+
+    def losses(self, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Weighted loss terms of normalised pixels (B, 3, H, W) with labels (B,)."""
+        config, scale = self.config, self.clip.logit_scale
+        tower = self.clip.need_text("tune a teacher")
+        text = unit(tower(self.tokens, self.text_prompts()))
+        image = unit(self.clip.vision(pixels, self.vision_prompts()))
+        with torch.no_grad():
+            frozen = unit(self.clip.vision(pixels))
+            zero_shot = F.log_softmax(scale * frozen @ self.fixed_text.T, dim=1)
+        logits = scale * image @ text.T
+        prompted = F.log_softmax(logits, dim=1)
+        terms = {
+            "ce": F.cross_entropy(logits, labels),
+            "scl_text": config.text_weight * (text - self.fixed_text).abs().mean(),
+            "scl_image": config.image_weight * (image - frozen).abs().mean(),
+            "scl_logits": config.logit_weight
+            * F.kl_div(prompted, zero_shot, reduction="sum", log_target=True)
+            / logits.numel(),
+        }
+        return {"loss": torch.stack(list(terms.values())).sum(), **terms}
+
+
+@dataclass(frozen=True, slots=True)
+class _FewShotBatches:
+    """Seeded views of the few-shot pictures with their labels."""
+
+    loader: ViewLoader
+    labels: Tensor
+    clip: Clip
+    config: TeachConfig
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(split_batches(range(len(self.labels)), self.config.batch_size))
+
+    def batches(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+        order = epoch_order(len(self.labels), self.config.seed, epoch)
+        rows = split_batches(order, self.config.batch_size)[first:]
+        for (pixels,), kept in prefetch(self.loader.load, [(r, epoch) for r in rows]):
+            if kept:
+                images = self.clip.preprocess.normalize(
+                    pixels.to(self.clip.device), _compute_dtype(self.config)
+                )
+                yield images, self.labels[kept].to(self.clip.device)
+
+
+def _compute_dtype(config: TrainConfig) -> torch.dtype:
+    return torch.float64 if PRECISIONS[config.precision] == torch.float64 else torch.float32
+
+
+def teach(
+    labelled_images: Any,
+    class_names: Sequence[str] | None = None,
+    *,
+    model: Any = "ViT-L-14/openai",
+    output: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    device: torch.device | str | None = None,
+    config: TeachConfig | None = None,
+    orient: bool = True,
+    progress: Progress | None = None,
+) -> Teacher:
+    """Stage 1: make a teacher from a large CLIP and a few labelled pictures.
+
+    Args:
+        labelled_images: a folder with one sub-folder a class, a CSV/TSV/JSONL of (path, label), a
+            list of (path, class name) pairs; with a split.json its `train` part, of the base
+            classes where it names them. None for `method="zero-shot"`.
+        class_names: all C names that the teacher is to know; the losses run over those that have
+            labels. Default: the names found.
+        model: the CLIP, in any form that `promptkd.clip.load_clip` takes.
+        output: folder for the teacher, checkpoints and log.
+        resume: go on with the run in `output`.
+        device: default: the GPU if there is one.
+        config: see `TeachConfig`.
+        orient: apply the EXIF orientation of the pictures.
+        progress: where to report; default: a bar or lines on stderr.
+
+    Raises:
+        DataError: no labelled pictures, labels that are not among the names, repeated names.
+        ModelError: an unknown or unsuitable model.
+        CheckpointError: `output` holds another run.
+        TrainingError: the loss diverged.
+    """
+    config = config or TeachConfig()
+    progress = progress or Progress()
+    place = pick_device(device)
+    images = None
+    if config.method == "promptsrc":
+        images = _few_shot_images(labelled_images, class_names, config)
+        class_names = images.class_names if class_names is None else class_names
+    if not class_names:
+        raise DataError("a zero-shot teacher needs class names")
+    names = check_class_names(class_names)
+    clip = load_clip(model, precision=config.precision, device=place)
+    folder = Path(output).expanduser() if output is not None else None
+    identity = {
+        "config": asdict(replace(config, checkpoint_minutes=TrainConfig().checkpoint_minutes)),
+        "model": [clip.image_hash, clip.text_hash],
+        "class_names": list(names),
+        "images": images.digest() if images is not None else "",
+        "orient": orient,
+    }
+    if resume and folder is not None and (folder / "teacher.json").is_file():
+        Run(folder, "teach", identity, resume=True)
+        return Teacher.load(folder, model=model, precision=config.precision, device=place, text=True)
+    run = Run(folder, "teach", identity, resume=resume)
+    if images is None:
+        teacher = zero_shot_teacher(clip, names, config.templates)
+    else:
+        teacher = _tune(clip, images, names, config, run, progress, orient)
+    if folder is not None:
+        teacher.save(folder)
+        run.finish()
+    return teacher.to(place)
+
+
+def _few_shot_images(source: Any, class_names: Sequence[str] | None, config: TeachConfig) -> ImageList:
+    """The labelled pictures that stage 1 sees."""
+    if source is None:
+        raise DataError("stage 1 needs labelled pictures; or use method='zero-shot'")
+    names = None if class_names is None else check_class_names(class_names)
+    images = labelled(source, names, part="train")
+    if isinstance(source, str | os.PathLike) and Path(source).is_dir():
+        split = find_split(Path(source))
+        if split is not None and split.base:
+            assert images.labels is not None and images.class_names is not None
+            base = {plain_name(name) for name in split.base}
+            is_base = [plain_name(images.class_names[y]) in base for y in images.labels]
+            images = images.select([row for row, keep in enumerate(is_base) if keep])
+    return few_shot(images, config.shots, config.seed)
+
+
+def _tune(
+    clip: Clip,
+    images: ImageList,
+    names: Sequence[str],
+    config: TeachConfig,
+    run: Run,
+    progress: Progress,
+    orient: bool,
+) -> Teacher:
+    assert images.labels is not None and images.class_names is not None
+    if len(images) < 2:
+        raise DataError("stage 1 needs at least two labelled pictures")
+    present = sorted(set(images.labels.tolist()))
+    row_of = {label: row for row, label in enumerate(present)}
+    labels = torch.tensor([row_of[label] for label in images.labels.tolist()])
+    model = PromptSRC(clip, [images.class_names[label] for label in present], config)
+    progress.say(
+        f"stage 1: {len(images)} labelled pictures of {len(present)} classes "
+        f"({len(names)} names), {sum(p.numel() for p in model.prompts()):,} trained values"
+    )
+    crop = CropRecipe(scale=config.crop_scale)
+    loader = ViewLoader(images, [clip.preprocess], crop, seed=config.seed, orient=orient)
+    batches = _FewShotBatches(loader, labels, clip, config)
+    epochs = math.ceil(config.num_steps(batches.steps_per_epoch) / batches.steps_per_epoch)
+    average = PromptAverage(model.prompts(), gpa_weights(config.gpa_mean, config.gpa_std, epochs))
+    training = Training(
+        config=config,
+        parameters=model.prompts(),
+        modules={"vision": model.vision_prompts, "text": model.text_prompts, "gpa": average},
+        batches=batches,
+        step=lambda batch: model.losses(*batch),
+        run=run,
+        progress=progress,
+        on_epoch=average.add,
+    )
+    steps = training.execute()
+    if steps % batches.steps_per_epoch == 0:
+        average.install()
+    return finish_teacher(model, names, {"steps": steps, "failed": sorted(loader.failures.reasons.values())})
+
+
+def finish_teacher(model: PromptSRC, names: Sequence[str], summary: dict[str, Any]) -> Teacher:
+    """Compute the class vectors of all names, once, with the final prompts."""
+    config = model.config
+    vectors = prompted_class_vectors(model.clip, names, config.template, model.text_prompts)
+    info = TeacherInfo(config.method, config.template, tuple(config.templates), tuple(names), summary)
+    return Teacher(model.clip, info, vectors, model.vision_prompts, model.text_prompts)
+
+
+def pick_device(device: torch.device | str | None) -> torch.device:
+    """The device asked for, or the GPU if there is one."""
+    if device is not None:
+        return torch.device(device)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,346 @@
+"""The student: a small prompted image tower, a projector, and the teacher's stored class vectors.
+
+All that inference needs; neither the teacher, nor a text encoder, nor Triton is imported here.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, overload
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from promptkd.clip import Clip, Preprocess, load_clip, load_embedded, preprocess_dict
+from promptkd.data.loader import load_whole
+from promptkd.data.sources import Split, find_split, labelled, pictures_in, read_split
+from promptkd.errors import CheckpointError, DataError
+from promptkd.evaluate import Evaluation, score
+from promptkd.files import read_folder, read_tensors, write_folder, write_tensors
+from promptkd.prompts import DeepPrompts
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+KIND = "promptkd student"
+_BACKBONE = "backbone.safetensors"
+_BATCH = 64
+
+ImageLike: TypeAlias = "str | os.PathLike[str] | Image | NDArray[np.uint8] | Tensor"
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """The most probable classes of one picture, best first."""
+
+    path: str | None
+    labels: tuple[str, ...]
+    probabilities: tuple[float, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StudentInfo:
+    """What a student was made from and how it went; stored beside its weights."""
+
+    class_names: tuple[str, ...]
+    teacher: str = ""
+    teacher_fingerprint: str = ""
+    orient: bool = True
+    """Apply the EXIF orientation of pictures."""
+    temperature: float = 1.0
+    summary: dict[str, Any] = field(default_factory=dict)
+
+
+class Projector(nn.Module):
+    """Student width → teacher width: linear, BatchNorm, ReLU, linear (the paper's 1x1 convolutions)."""
+
+    def __init__(self, in_dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.linear1 = nn.Linear(in_dim, out_dim)
+        self.norm = nn.BatchNorm1d(out_dim, eps=1e-5, momentum=0.1)
+        self.linear2 = nn.Linear(out_dim, out_dim)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Raw student features (B, D_s), not normalised → (B, D_t), not normalised."""
+        wide = features.to(self.linear1.weight.dtype)
+        hidden = torch.relu(self.norm(self.linear1(wide)))
+        projected: Tensor = self.linear2(hidden)
+        return projected
+
+
+class Student(nn.Module):
+    """Classifies pictures by a distilled image tower and stored class vectors.
+
+    As a module it maps normalised pixels (B, 3, H, W) to logits (B, C); in training mode the
+    projector's BatchNorm uses batch statistics.
+    """
+
+    class_vectors: Tensor
+
+    def __init__(
+        self,
+        clip: Clip,
+        prompts: DeepPrompts,
+        projector: Projector,
+        class_vectors: Tensor,
+        info: StudentInfo,
+    ) -> None:
+        super().__init__()
+        if class_vectors.ndim != 2 or class_vectors.shape[0] != len(info.class_names):
+            raise CheckpointError(
+                f"{tuple(class_vectors.shape)} class vectors for {len(info.class_names)} class names"
+            )
+        self.clip = clip
+        self.info = info
+        self.vision = clip.vision
+        self.prompts = prompts
+        self.projector = projector
+        self.register_buffer("class_vectors", class_vectors.detach().clone())
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The C names, in the order of the logits."""
+        return self.info.class_names
+
+    @property
+    def logit_scale(self) -> float:
+        """exp of the student's own log scale, frozen."""
+        return self.clip.logit_scale
+
+    @property
+    def device(self) -> torch.device:
+        """Where the student lives."""
+        return self.class_vectors.device
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """All that distillation trains: vision prompts and projector."""
+        return [*self.prompts.parameters(), *self.projector.parameters()]
+
+    def project(self, pixels: Tensor) -> Tensor:
+        """Normalised pixels (B, 3, H, W) → projected features (B, D), not unit length."""
+        projected: Tensor = self.projector(self.vision(pixels, self.prompts()))
+        return projected
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Normalised pixels (B, 3, H, W) → logits (B, C) = scale · cos(projected, class vectors)."""
+        features = F.normalize(self.project(pixels), dim=-1)
+        return self.logit_scale * features @ self.class_vectors.T
+
+    # --- pictures in, answers out
+
+    def preprocess(self, images: ImageLike | Sequence[ImageLike]) -> Tensor:
+        """Pictures (paths, PIL images, uint8 arrays (H, W, 3)) → normalised pixels (B, 3, H, W).
+
+        A float tensor (B, 3, H, W) counts as preprocessed already.
+
+        Raises:
+            ImageError: a picture that can't be read; the message names it.
+        """
+        if isinstance(images, Tensor) and images.is_floating_point():
+            return images.to(self.device)
+        (pixels,) = load_whole(_as_list(images), [self.clip.preprocess], orient=self.info.orient)
+        return self.clip.preprocess.normalize(pixels.to(self.device), self._compute_dtype)
+
+    @torch.inference_mode()
+    def encode_image(self, images: ImageLike | Sequence[ImageLike]) -> Tensor:
+        """Pictures → unit features (B, D) in the space of the class vectors."""
+        return torch.cat([F.normalize(self._eval(self.project, b), dim=-1) for b in self._batches(images)])
+
+    @torch.inference_mode()
+    def logits(self, images: ImageLike | Sequence[ImageLike]) -> Tensor:
+        """Pictures → logits (B, C)."""
+        return torch.cat([self._eval(self.forward, b) for b in self._batches(images)])
+
+    @overload
+    def predict(self, images: ImageLike, top_k: int = 5) -> Prediction: ...
+    @overload
+    def predict(self, images: Sequence[ImageLike], top_k: int = 5) -> list[Prediction]: ...
+    def predict(
+        self, images: ImageLike | Sequence[ImageLike], top_k: int = 5
+    ) -> Prediction | list[Prediction]:
+        """Classify one picture, a list of them, or a folder.
+
+        Args:
+            images: a path, PIL image, uint8 array (H, W, 3) or tensor (3, H, W); a list of these
+                or a folder gives a list, in order (a folder sorted by name).
+            top_k: classes to name, at most all.
+
+        Raises:
+            ImageError: a picture that can't be read.
+            DataError: a folder without pictures, or a top_k under 1.
+        """
+        if top_k < 1:
+            raise DataError(f"top_k must be at least 1, not {top_k}")
+        single = not _is_many(images)
+        items = _as_list(images)
+        found = list(self.iter_predict(items, top_k))
+        return found[0] if single else found
+
+    def iter_predict(self, images: Sequence[ImageLike], top_k: int = 5) -> Iterator[Prediction]:
+        """Like `predict` on a list, giving predictions batch by batch."""
+        for start in range(0, len(images), _BATCH):
+            part = images[start : start + _BATCH]
+            probabilities = self.logits(part).div(self.info.temperature).softmax(dim=-1)
+            values, rows = probabilities.topk(min(top_k, len(self.class_names)), dim=-1)
+            for item, value, row in zip(part, values.tolist(), rows.tolist(), strict=True):
+                path = os.fspath(item) if isinstance(item, str | os.PathLike) else None
+                names = tuple(self.class_names[r] for r in row)
+                yield Prediction(None if path is None else str(path), names, tuple(value))
+
+    def evaluate(self, source: Any, *, split: str | os.PathLike[str] | None = None) -> Evaluation:
+        """Accuracy on labelled pictures: top-1, top-5, per class; with a split base/novel/HM.
+
+        Args:
+            source: see `promptkd.data.labelled`; of a folder with a split.json its `test` part.
+            split: a split.json to take base and novel names from, when it is not beside the folder.
+        """
+        images = labelled(source, self.class_names, part="test")
+        assert images.labels is not None
+        found = read_split(Path(split)) if split is not None else _split_beside(source)
+        logits = self.logits(list(images.paths))
+        halves = (found.base, found.novel) if found is not None else ((), ())
+        return score(logits.cpu(), torch.from_numpy(images.labels), self.class_names, *halves)
+
+    def _batches(self, images: ImageLike | Sequence[ImageLike]) -> Iterator[Tensor]:
+        if isinstance(images, Tensor) and images.is_floating_point():
+            yield from images.to(self.device).split(_BATCH)
+            return
+        items = _as_list(images)
+        for start in range(0, len(items), _BATCH):
+            yield self.preprocess(items[start : start + _BATCH])
+
+    def _eval(self, function: Any, pixels: Tensor) -> Tensor:
+        """Run with running BatchNorm statistics, whatever mode the module is in."""
+        was_training = self.training
+        self.eval()
+        try:
+            result: Tensor = function(pixels)
+        finally:
+            self.train(was_training)
+        return result
+
+    @property
+    def _compute_dtype(self) -> torch.dtype:
+        return torch.float64 if self.vision.dtype == torch.float64 else torch.float32
+
+    # --- storage
+
+    def with_summary(self, **summary: Any) -> Student:
+        """The same student with more entries in its training summary."""
+        self.info = replace(self.info, summary={**self.info.summary, **summary})
+        return self
+
+    def save(self, path: str | os.PathLike[str], *, include_backbone: bool = False) -> Path:
+        """Write a student folder (safetensors and JSON, no pickle).
+
+        Args:
+            path: the folder, made if absent.
+            include_backbone: store the frozen image tower too; otherwise its name and hash.
+        """
+        tensors = {"class_vectors": self.class_vectors}
+        tensors |= {f"prompts.{i}": t for i, t in enumerate(self.prompts())}
+        tensors |= {f"projector.{k}": v for k, v in self.projector.state_dict().items()}
+        data = {
+            "kind": KIND,
+            "backbone": self.clip.name,
+            "image_hash": self.clip.image_hash,
+            "model_cfg": self.clip.model_cfg,
+            "preprocess": preprocess_dict(self.clip.preprocess),
+            "logit_scale": self.logit_scale,
+            "embedded": include_backbone,
+            **asdict(self.info),
+        }
+        if include_backbone:
+            folder = Path(path).expanduser()
+            folder.mkdir(parents=True, exist_ok=True)
+            write_tensors(folder / _BACKBONE, self.vision.state_dict())
+        return write_folder(path, "student", tensors, data)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        backbone: Any = None,
+        precision: str = "fp32",
+        device: torch.device | str = "cpu",
+    ) -> Student:
+        """Open a student folder, in eval mode.
+
+        Args:
+            path: the folder.
+            backbone: the student's CLIP (name, path or object), when its stored name is not to be
+                found here.
+            precision: how the frozen tower is stored.
+            device: where the student goes.
+
+        Raises:
+            CheckpointError: no student folder, damaged, or the backbone has other weights.
+        """
+        tensors, data = read_folder(path, "student", KIND)
+        if data["embedded"] and backbone is None:
+            state, _ = read_tensors(Path(path).expanduser() / _BACKBONE)
+            clip = load_embedded(data, state, precision=precision, device=device)
+        else:
+            name = data["backbone"] if backbone is None else backbone
+            clip = load_clip(name, precision=precision, device=device, text=False)
+            if clip.image_hash != data["image_hash"]:
+                raise CheckpointError(
+                    f"'{path}' was distilled into '{data['backbone']}' with weights "
+                    f"{data['image_hash'][:8]}…, but '{clip.name}' has {clip.image_hash[:8]}…"
+                )
+        return cls(clip, *_trained_parts(tensors, path), _info(data)).to(device).eval()
+
+
+def _trained_parts(tensors: dict[str, Tensor], path: Any) -> tuple[DeepPrompts, Projector, Tensor]:
+    try:
+        depth = sum(k.startswith("prompts.") for k in tensors)
+        prompts = DeepPrompts([tensors[f"prompts.{i}"] for i in range(depth)])
+        vectors = tensors["class_vectors"]
+        weight = tensors["projector.linear1.weight"]
+        projector = Projector(weight.shape[1], weight.shape[0]).to(weight.dtype)
+        state = {k.removeprefix("projector."): v for k, v in tensors.items() if k.startswith("projector.")}
+        projector.load_state_dict(state)
+    except (KeyError, RuntimeError, IndexError) as error:
+        raise CheckpointError(f"'{path}' lacks parts of a student or holds the wrong shapes: {error}") from error
+    return prompts, projector, vectors
+
+
+def _info(data: dict[str, Any]) -> StudentInfo:
+    return StudentInfo(
+        class_names=tuple(data["class_names"]),
+        teacher=data["teacher"],
+        teacher_fingerprint=data["teacher_fingerprint"],
+        orient=bool(data["orient"]),
+        temperature=float(data["temperature"]),
+        summary=data["summary"],
+    )
+
+
+def _is_many(images: Any) -> bool:
+    if isinstance(images, str | os.PathLike):
+        return Path(images).is_dir()
+    return isinstance(images, Sequence) or (isinstance(images, Tensor | np.ndarray) and images.ndim == 4)
+
+
+def _as_list(images: Any) -> list[Any]:
+    if isinstance(images, str | os.PathLike) and Path(images).is_dir():
+        return list(pictures_in(Path(images)).paths)
+    if _is_many(images):
+        return list(images)
+    return [images]
+
+
+def _split_beside(source: Any) -> Split | None:
+    if isinstance(source, str | os.PathLike) and Path(source).is_dir():
+        return find_split(Path(source))
+    return None
+
+
+__all__ = ["ImageLike", "Prediction", "Preprocess", "Projector", "Student", "StudentInfo"]
