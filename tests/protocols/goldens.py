@@ -1,4 +1,9 @@
-"""Reading golden sets: plain `*.json` as recorded, or `*.json.gz` as committed here."""
+"""Reading golden sets: plain `*.json` as recorded, or `*.json.gz` as committed here.
+
+Both sets hold what the official dataset classes (PromptKD at ec244f7, its own copy of Dassl,
+folder listings sorted) made of the trees of `make_tree.py`: `public` six datasets through the
+official `train.main()`, `others` the other nine, each class constructed after `random.seed`.
+"""
 
 import gzip
 import json
@@ -6,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 HERE = Path(__file__).resolve().parent / "goldens"
-COMMITTED = (HERE / "public",)
+COMMITTED = (HERE / "public", HERE / "others")
 
 
 class Item(NamedTuple):
