@@ -3,7 +3,6 @@
 from statistics import mean
 
 import pytest
-
 from promptkd.benchmarks import PAPER, PAPER_MEAN, find
 from promptkd.benchmarks.layouts import LAYOUTS
 
@@ -18,11 +17,14 @@ def test_published_means_are_those_of_the_rows() -> None:
     assert mean(r.novel or 0.0 for r in results) == pytest.approx(PAPER_MEAN.novel, abs=0.006)
     cross = [PAPER[key].result.cross for key in TARGETS]
     assert mean(c or 0.0 for c in cross) == pytest.approx(PAPER_MEAN.cross, abs=0.006)
+    off = []
     for row in (*results, PAPER_MEAN):
         assert row.base is not None
         assert row.novel is not None
         harmonic = 2 * row.base * row.novel / (row.base + row.novel)
-        assert harmonic == pytest.approx(row.harmonic_mean, abs=0.06)
+        if harmonic != pytest.approx(row.harmonic_mean, abs=0.06):
+            off.append(row)
+    assert off == [PAPER["ucf101"].result]  # as printed in the paper
 
 
 def test_every_dataset_has_a_layout_and_no_name_means_two() -> None:
