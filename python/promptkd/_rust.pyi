@@ -7,6 +7,17 @@ from typing import Literal, final
 import numpy as np
 from numpy.typing import NDArray
 
+__all__ = [
+    "Target",
+    "decode",
+    "decode_views",
+    "image_key",
+    "image_sizes",
+    "random_views",
+    "resize",
+    "version",
+]
+
 @final
 class Target:
     """One output of a decode: its size, and how a picture of another shape is fitted to it.
@@ -82,7 +93,7 @@ def decode_views(
     keys: NDArray[np.uint64],
     views: NDArray[np.uint32],
     scale: tuple[float, float] = (0.08, 1.0),
-    ratio: tuple[float, float] = ...,
+    ratio: tuple[float, float] = (0.75, 1.3333333333333333),
     flip: float = 0.5,
     orient: bool = False,
     threads: int = 0,
@@ -132,7 +143,7 @@ def random_views(
     sizes: NDArray[np.int64],
     *,
     scale: tuple[float, float] = (0.08, 1.0),
-    ratio: tuple[float, float] = ...,
+    ratio: tuple[float, float] = (0.75, 1.3333333333333333),
     flip: float = 0.5,
 ) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
     """Random crops and flips, a pure function of (seed, key, view), the same on every machine.

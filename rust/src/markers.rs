@@ -15,8 +15,9 @@ pub struct Markers<'a> {
     pub lossless: bool,
     /// Arithmetic coding, where a block may take less than a bit.
     pub arithmetic: bool,
-    /// EXIF orientation, 1 to 8.
-    pub orientation: u8,
+    /// Orientation, 1 to 8, by EXIF and by XMP.
+    exif: Option<u8>,
+    xmp: Option<u8>,
     /// Where the first scan's header begins.
     pub scan: usize,
 }
@@ -33,7 +34,8 @@ impl<'a> Markers<'a> {
             frame: 0,
             lossless: false,
             arithmetic: false,
-            orientation: 1,
+            exif: None,
+            xmp: None,
             scan: 0,
         };
         let mut at = 2;
@@ -77,8 +79,15 @@ impl<'a> Markers<'a> {
 
     fn application(&mut self, body: &[u8]) {
         if let Some(tiff) = body.strip_prefix(b"Exif\0\0") {
-            self.orientation = orientation(tiff).unwrap_or(self.orientation);
+            self.exif = self.exif.or(orientation(tiff));
+        } else if let Some(xmp) = body.strip_prefix(b"http://ns.adobe.com/xap/1.0/\0") {
+            self.xmp = self.xmp.or(xmp_orientation(xmp));
         }
+    }
+
+    /// The orientation, 1 to 8; XMP counts where EXIF says nothing, as in Pillow.
+    pub fn orientation(&self) -> Option<u8> {
+        self.exif.or(self.xmp)
     }
 
     /// Whether an end marker follows the first scan; if not, the file was cut.
@@ -153,6 +162,15 @@ pub fn orientation(tiff: &[u8]) -> Option<u8> {
     })
 }
 
+/// The orientation in an XMP packet, if there is a valid one.
+fn xmp_orientation(xmp: &[u8]) -> Option<u8> {
+    const NAME: &[u8] = b"tiff:Orientation";
+    let found = xmp.windows(NAME.len()).position(|w| w == NAME)?;
+    let rest = &xmp[found + NAME.len()..];
+    let digit = *rest.strip_prefix(b"=\"").or(rest.strip_prefix(b">"))?.first()?;
+    (b'1'..=b'8').contains(&digit).then(|| digit - b'0')
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -166,6 +184,14 @@ mod tests {
             assert!(orientation(&little[..cut]).is_none_or(|v| v == 6));
         }
         assert_eq!(orientation(b"II*\0\xff\xff\xff\xff"), None);
+    }
+
+    #[test]
+    fn orientation_in_xmp() {
+        assert_eq!(xmp_orientation(b"<a tiff:Orientation=\"6\"/>"), Some(6));
+        assert_eq!(xmp_orientation(b"<tiff:Orientation>3</tiff:Orientation>"), Some(3));
+        assert_eq!(xmp_orientation(b"<a tiff:Orientation=\"9\"/>"), None);
+        assert_eq!(xmp_orientation(b"tiff:Orientation"), None);
     }
 
     #[test]

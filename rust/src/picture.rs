@@ -29,8 +29,8 @@ impl<'a> Picture<'a> {
             [] => return Err(Error::Empty),
             [0xff, 0xd8, 0xff, ..] => {
                 let markers = Markers::read(data)?;
-                let (size, orientation) = ((markers.width, markers.height), markers.orientation);
-                (Format::Jpeg(markers), size, Some(orientation))
+                let (size, orientation) = ((markers.width, markers.height), markers.orientation());
+                (Format::Jpeg(markers), size, orientation)
             }
             [0x89, b'P', b'N', b'G', b'\r', b'\n', 0x1a, b'\n', ..] => {
                 let png = Png::open(data)?;

@@ -20,8 +20,10 @@ use crate::resize::resize_pixels;
 use crate::view::{self, ViewRange};
 
 type Failures = Vec<(usize, &'static str, String)>;
+type Views<'py> = (Bound<'py, PyArray2<i64>>, Bound<'py, PyArray1<bool>>);
 type Outputs<'py> = Vec<Bound<'py, PyArray4<u8>>>;
 
+/// One output of a decode: its size, and how a picture of another shape is fitted to it.
 #[pyclass(name = "Target", module = "promptkd._rust", frozen, eq, from_py_object)]
 #[derive(Clone, PartialEq)]
 pub struct PyTarget(Target);
@@ -189,6 +191,7 @@ fn check_boxes(boxes: ArrayView2<i64>, expected: usize) -> PyResult<()> {
     Ok(())
 }
 
+/// Decode JPEG, PNG and WebP files, or a box of each, into arrays of fixed size.
 #[pyfunction]
 #[pyo3(signature = (sources, targets, *, boxes = None, flips = None, orient = false, threads = 0, max_pixels = 178_956_970, scaled = false))]
 #[expect(clippy::too_many_arguments, reason = "they are keywords in Python")]
@@ -219,8 +222,9 @@ fn decode<'py>(
     call.run(py, &crops)
 }
 
+/// Decode the view of each picture that `random_views` gives.
 #[pyfunction]
-#[pyo3(signature = (sources, targets, *, seed, keys, views, scale = (0.08, 1.0), ratio = (0.75, 4.0 / 3.0), flip = 0.5, orient = false, threads = 0, max_pixels = 178_956_970, scaled = false))]
+#[pyo3(signature = (sources, targets, *, seed, keys, views, scale = (0.08, 1.0), ratio = (0.75, 4.0 / 3.0), flip = 0.5, orient = false, threads = 0, max_pixels = 178_956_970, scaled = false), text_signature = "(sources, targets, *, seed, keys, views, scale=(0.08, 1.0), ratio=(0.75, 1.3333333333333333), flip=0.5, orient=False, threads=0, max_pixels=178956970, scaled=False)")]
 #[expect(clippy::too_many_arguments, reason = "they are keywords in Python")]
 fn decode_views<'py>(
     py: Python<'py>,
@@ -254,6 +258,7 @@ fn view_range(scale: (f64, f64), ratio: (f64, f64), flip: f64) -> PyResult<ViewR
     Ok(range)
 }
 
+/// Width and height of pictures, from their headers.
 #[pyfunction]
 #[pyo3(signature = (sources, *, orient = false, threads = 0))]
 fn image_sizes<'py>(
@@ -280,8 +285,9 @@ fn image_sizes<'py>(
     (sizes.into_pyarray(py), failures)
 }
 
+/// Random crops and flips, a pure function of (seed, key, view).
 #[pyfunction]
-#[pyo3(signature = (seed, keys, views, sizes, *, scale = (0.08, 1.0), ratio = (0.75, 4.0 / 3.0), flip = 0.5))]
+#[pyo3(signature = (seed, keys, views, sizes, *, scale = (0.08, 1.0), ratio = (0.75, 4.0 / 3.0), flip = 0.5), text_signature = "(seed, keys, views, sizes, *, scale=(0.08, 1.0), ratio=(0.75, 1.3333333333333333), flip=0.5)")]
 #[expect(clippy::too_many_arguments, reason = "they are keywords in Python")]
 fn random_views<'py>(
     py: Python<'py>,
@@ -292,7 +298,7 @@ fn random_views<'py>(
     scale: (f64, f64),
     ratio: (f64, f64),
     flip: f64,
-) -> PyResult<(Bound<'py, PyArray2<i64>>, Bound<'py, PyArray1<bool>>)> {
+) -> PyResult<Views<'py>> {
     let range = view_range(scale, ratio, flip)?;
     let (keys, views, sizes) = (keys.as_array(), views.as_array(), sizes.as_array());
     check_rows("views", views.len(), keys.len())?;
@@ -324,6 +330,7 @@ fn all_views(
     Ok((boxes, flips))
 }
 
+/// The key of a picture: from the hash of its path relative to its root.
 #[pyfunction]
 fn image_key(relative_path: std::ffi::OsString) -> u64 {
     let bytes = relative_path.as_encoded_bytes();
@@ -334,6 +341,7 @@ fn image_key(relative_path: std::ffi::OsString) -> u64 {
     view::image_key(bytes)
 }
 
+/// Cut and resize a picture that is already decoded.
 #[pyfunction]
 #[pyo3(signature = (pixels, targets, *, r#box = None, flip = false))]
 fn resize<'py>(
@@ -365,6 +373,7 @@ fn resize<'py>(
     arrays.map(|(out, t)| out.into_pyarray(py).reshape([t.height, t.width, 3])).collect()
 }
 
+/// The version of the extension.
 #[pyfunction]
 fn version() -> &'static str {
     env!("CARGO_PKG_VERSION")

@@ -187,8 +187,8 @@ mod tests {
             assert!(v.left + v.width <= 500 && v.top + v.height <= 375);
             share += f64::from(v.width * v.height) / (500.0 * 375.0) / 2000.0;
         }
-        // Uniform in (0.08, 1) would be 0.54; large areas are refused a little more often.
-        assert!((0.45..0.55).contains(&share), "mean area {share}");
+        // Uniform in (0.08, 1) would be 0.54; large upright boxes don't fit and are drawn again.
+        assert!((0.42..0.44).contains(&share), "mean area {share}");
     }
 
     #[test]
