@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +36,10 @@ PRECISIONS = {
 }
 
 
+Interpolation: TypeAlias = Literal["bicubic", "bilinear"]
+ResizeMode: TypeAlias = Literal["shortest", "longest", "squash"]
+
+
 @dataclass(frozen=True, slots=True)
 class Preprocess:
     """How a tower wants its pixels: size (height, width), mean, std, resize mode, interpolation."""
@@ -43,8 +47,8 @@ class Preprocess:
     size: tuple[int, int]
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    interpolation: str = "bicubic"
-    resize_mode: str = "shortest"
+    interpolation: Interpolation = "bicubic"
+    resize_mode: ResizeMode = "shortest"
     fill: int = 0
 
     @classmethod
@@ -56,8 +60,8 @@ class Preprocess:
             size=(height, width),
             mean=_three(cfg["mean"]),
             std=_three(cfg["std"]),
-            interpolation=cfg.get("interpolation") or "bicubic",
-            resize_mode=cfg.get("resize_mode") or "shortest",
+            interpolation=_one_of(Interpolation, cfg.get("interpolation") or "bicubic"),
+            resize_mode=_one_of(ResizeMode, cfg.get("resize_mode") or "shortest"),
             fill=int(cfg.get("fill_color") or 0),
         )
 
@@ -68,8 +72,8 @@ class Preprocess:
             size=(int(data["size"][0]), int(data["size"][1])),
             mean=_three(data["mean"]),
             std=_three(data["std"]),
-            interpolation=str(data["interpolation"]),
-            resize_mode=str(data["resize_mode"]),
+            interpolation=_one_of(Interpolation, data["interpolation"]),
+            resize_mode=_one_of(ResizeMode, data["resize_mode"]),
             fill=int(data["fill"]),
         )
 
@@ -83,6 +87,17 @@ class Preprocess:
         std = torch.tensor(self.std, dtype=wide, device=pixels.device)
         scaled = (pixels.to(wide) / 255 - mean) / std
         return scaled.permute(0, 3, 1, 2).contiguous().to(dtype)
+
+
+def _one_of(choices: Any, value: Any) -> Any:
+    """`value`, if it is one of a Literal's; open_clip's "random" interpolation is bicubic here."""
+    if value == "random" and choices is Interpolation:
+        return "bicubic"
+    if value not in get_args(choices):
+        raise ModelError(
+            f"preprocessing '{value}' is unknown; known: {', '.join(get_args(choices))}"
+        )
+    return value
 
 
 def _three(values: Sequence[float]) -> tuple[float, float, float]:
@@ -162,6 +177,7 @@ class TextTower(nn.Module):
     """open_clip's causal text transformer, frozen; reads no further than the last end token."""
 
     positional_embedding: Tensor
+    projection: Tensor
 
     def __init__(self, model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -178,7 +194,7 @@ class TextTower(nn.Module):
         self.register_buffer("projection", projection.detach().to(dtype).clone())
         self.width = int(self.positional_embedding.shape[1])
         self.context_length = int(text.context_length)
-        self.num_layers = len(self.transformer.resblocks)
+        self.num_layers = len(text.transformer.resblocks)
         self.output_dim = int(self.projection.shape[1])
 
     def forward(self, tokens: Tensor, prompts: Sequence[Tensor] | None = None) -> Tensor:
@@ -289,7 +305,9 @@ class _Loaded:
     tokenizer: Callable[[Sequence[str]], Tensor] | None = None
 
 
-def _freeze_clip(loaded: _Loaded, dtype: torch.dtype, device: torch.device | str, text: bool) -> Clip:
+def _freeze_clip(
+    loaded: _Loaded, dtype: torch.dtype, device: torch.device | str, text: bool
+) -> Clip:
     model = loaded.model
     _check_vision(model.visual)
     activation = str(bool(loaded.model_cfg.get("quick_gelu", False)))
@@ -329,7 +347,9 @@ def _preprocess(model: Any) -> Preprocess:
 
 def _default_tokenizer(model: Any) -> Callable[[Sequence[str]], Tensor]:
     length = int(getattr(getattr(model, "text", model), "context_length", 77))
-    tokenizer: Callable[[Sequence[str]], Tensor] = _open_clip().SimpleTokenizer(context_length=length)
+    tokenizer: Callable[[Sequence[str]], Tensor] = _open_clip().SimpleTokenizer(
+        context_length=length
+    )
     return tokenizer
 
 
@@ -438,7 +458,9 @@ def _schema_config(name: str) -> dict[str, Any]:
 def _load_error(name: str, error: Exception) -> ModelError | CheckpointError:
     message = " ".join(str(error).split())
     if "Missing key" in message or "size mismatch" in message or "Unexpected key" in message:
-        return CheckpointError(f"the weights of '{name}' don't fit its architecture: {message[:300]}")
+        return CheckpointError(
+            f"the weights of '{name}' don't fit its architecture: {message[:300]}"
+        )
     if "ownload" in message or "onnect" in message or "offline" in message.lower():
         return ModelError(
             f"the weights of '{name}' are not in the local cache and can't be downloaded; connect "
@@ -447,7 +469,7 @@ def _load_error(name: str, error: Exception) -> ModelError | CheckpointError:
     return ModelError(f"'{name}' can't be loaded: {message[:300]}")
 
 
-def _from_object(model: nn.Module) -> _Loaded:
+def _from_object(model: Any) -> _Loaded:
     if not hasattr(model, "visual") or not hasattr(model, "logit_scale"):
         raise ModelError(
             f"a model object must be an open_clip CLIP model, not {type(model).__name__}; "
@@ -536,8 +558,10 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], bool]:
         ) from error
     wrapped = isinstance(content, dict) and isinstance(content.get("state_dict"), dict)
     state = content["state_dict"] if wrapped else content
-    if not isinstance(state, dict) or not state or not all(
-        isinstance(v, Tensor | int) for v in state.values()
+    if (
+        not isinstance(state, dict)
+        or not state
+        or not all(isinstance(v, Tensor | int) for v in state.values())
     ):
         raise CheckpointError(f"'{path}' holds no state dict of tensors")
     state = {k.removeprefix("module."): v for k, v in state.items()}
@@ -590,7 +614,7 @@ def _count_layers(state: Mapping[str, Tensor], prefix: str) -> int:
     return len({k[len(prefix) :].split(".")[0] for k in state if k.startswith(prefix)})
 
 
-def _check_vision(visual: nn.Module) -> None:
+def _check_vision(visual: Any) -> None:
     from open_clip.transformer import ResidualAttentionBlock, VisionTransformer
 
     if type(visual) is not VisionTransformer:
@@ -606,7 +630,12 @@ def _check_text(text: nn.Module) -> None:
     transformer = getattr(text, "transformer", None)
     pool = getattr(text, "text_pool_type", getattr(text, "pool_type", None))
     causal = getattr(text, "attn_mask", None) is not None
-    if transformer is None or not hasattr(transformer, "resblocks") or pool != "argmax" or not causal:
+    if (
+        transformer is None
+        or not hasattr(transformer, "resblocks")
+        or pool != "argmax"
+        or not causal
+    ):
         raise ModelError(
             f"the text tower {type(text).__name__} is not open_clip's causal text transformer "
             "read at the end token; use an OpenAI, LAION, DataComp, DFN or MetaCLIP ViT"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from rich.table import Table
 from torch import Tensor
 
 from promptkd.errors import DataError
@@ -33,6 +34,19 @@ class Evaluation:
     base: float | None = None
     novel: float | None = None
     harmonic_mean: float | None = None
+
+    def table(self) -> Table:
+        """For a terminal: the accuracies, then the classes from worst to best."""
+        table = Table("", "accuracy %", title=f"{self.num_images} pictures")
+        parts: dict[str, float | None] = {"top-1": self.top1, "top-5": self.top5}
+        parts |= {"base": self.base, "novel": self.novel, "harmonic mean": self.harmonic_mean}
+        for name, value in parts.items():
+            if value is not None:
+                table.add_row(name, f"{value:.1f}", style="bold")
+        table.add_section()
+        for name, value in sorted(self.per_class.items(), key=lambda item: item[1]):
+            table.add_row(name, f"{value:.1f}")
+        return table
 
 
 def score(
@@ -81,7 +95,9 @@ def _half(
     try:
         columns = torch.tensor([index[plain_name(name)] for name in names])
     except KeyError as error:
-        raise DataError(f"the split names the class {error}, which the model doesn't know") from error
+        raise DataError(
+            f"the split names the class {error}, which the model doesn't know"
+        ) from error
     rows = torch.isin(labels, columns)
     if not bool(rows.any()):
         return None

@@ -33,7 +33,9 @@ def write_json(path: Path, data: Any) -> None:
     write_bytes(path, (json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode())
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write a safetensors file in one step."""
     plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     write_bytes(path, save(plain, dict(metadata) if metadata else None))
@@ -65,7 +67,9 @@ def write_folder(
     return folder
 
 
-def read_folder(path: str | os.PathLike[str], stem: str, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_folder(
+    path: str | os.PathLike[str], stem: str, kind: str
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `write_folder` wrote.
 
     Raises:

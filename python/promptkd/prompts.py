@@ -74,11 +74,15 @@ class PromptedNames:
         words = start[1 : 1 + num_words]
         full = tokenize([template.format(plain_name(name)) for name in names])
         if not bool((full[:, 1 : 1 + num_words] == words).all()):
-            raise ModelError(f"the words of the template '{template}' before '{{}}' merge with a name")
+            raise ModelError(
+                f"the words of the template '{template}' before '{{}}' merge with a name"
+            )
         # More prompts than words: start from the words again, in a circle.
         self.context = words[torch.arange(num_prompts) % num_words]
         slots = self.context.expand(len(names), -1)
-        tokens = torch.cat([full[:, :1], slots, full[:, 1 + num_words :]], dim=1)[:, : full.shape[1]]
+        tokens = torch.cat([full[:, :1], slots, full[:, 1 + num_words :]], dim=1)[
+            :, : full.shape[1]
+        ]
         if bool((tokens.max(dim=1).values != full.max(dim=1).values).any()):
             raise ModelError(f"{num_prompts} prompts leave no room for the longest class name")
         self.tokens = tokens

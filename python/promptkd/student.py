@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -144,23 +144,21 @@ class Student(nn.Module):
         """
         if isinstance(images, Tensor) and images.is_floating_point():
             return images.to(self.device)
-        (pixels,) = load_whole(_as_list(images), [self.clip.preprocess], orient=self.info.orient)
+        (pixels,), _ = load_whole(_as_list(images), [self.clip.preprocess], orient=self.info.orient)
         return self.clip.preprocess.normalize(pixels.to(self.device), self._compute_dtype)
 
     @torch.inference_mode()
     def encode_image(self, images: ImageLike | Sequence[ImageLike]) -> Tensor:
         """Pictures → unit features (B, D) in the space of the class vectors."""
-        return torch.cat([F.normalize(self._eval(self.project, b), dim=-1) for b in self._batches(images)])
+        return torch.cat(
+            [F.normalize(self._eval(self.project, b), dim=-1) for b in self._batches(images)]
+        )
 
     @torch.inference_mode()
     def logits(self, images: ImageLike | Sequence[ImageLike]) -> Tensor:
         """Pictures → logits (B, C)."""
         return torch.cat([self._eval(self.forward, b) for b in self._batches(images)])
 
-    @overload
-    def predict(self, images: ImageLike, top_k: int = 5) -> Prediction: ...
-    @overload
-    def predict(self, images: Sequence[ImageLike], top_k: int = 5) -> list[Prediction]: ...
     def predict(
         self, images: ImageLike | Sequence[ImageLike], top_k: int = 5
     ) -> Prediction | list[Prediction]:
@@ -305,10 +303,16 @@ def _trained_parts(tensors: dict[str, Tensor], path: Any) -> tuple[DeepPrompts, 
         vectors = tensors["class_vectors"]
         weight = tensors["projector.linear1.weight"]
         projector = Projector(weight.shape[1], weight.shape[0]).to(weight.dtype)
-        state = {k.removeprefix("projector."): v for k, v in tensors.items() if k.startswith("projector.")}
+        state = {
+            k.removeprefix("projector."): v
+            for k, v in tensors.items()
+            if k.startswith("projector.")
+        }
         projector.load_state_dict(state)
     except (KeyError, RuntimeError, IndexError) as error:
-        raise CheckpointError(f"'{path}' lacks parts of a student or holds the wrong shapes: {error}") from error
+        raise CheckpointError(
+            f"'{path}' lacks parts of a student or holds the wrong shapes: {error}"
+        ) from error
     return prompts, projector, vectors
 
 
@@ -326,7 +330,9 @@ def _info(data: dict[str, Any]) -> StudentInfo:
 def _is_many(images: Any) -> bool:
     if isinstance(images, str | os.PathLike):
         return Path(images).is_dir()
-    return isinstance(images, Sequence) or (isinstance(images, Tensor | np.ndarray) and images.ndim == 4)
+    return isinstance(images, Sequence) or (
+        isinstance(images, Tensor | np.ndarray) and images.ndim == 4
+    )
 
 
 def _as_list(images: Any) -> list[Any]:

@@ -88,9 +88,16 @@ class Teacher(nn.Module):
         prompts = self.vision_prompts() if self.vision_prompts is not None else None
         return unit(self.vision(images, prompts))
 
+    def logits(self, images: Tensor) -> Tensor:
+        """Normalised images (B, 3, H, W) → logits (B, C) = scale · cos(features, class vectors)."""
+        logits: Tensor = self.logit_scale * self.encode_image(images) @ self.class_vectors.T
+        return logits
+
     def fingerprint(self) -> str:
         """Digest of all that the teacher's logits depend on."""
-        return hash_tensors({}, f"{self._class_vectors_hash()}|{self.image_fingerprint()}|{self.logit_scale}")
+        return hash_tensors(
+            {}, f"{self._class_vectors_hash()}|{self.image_fingerprint()}|{self.logit_scale}"
+        )
 
     def image_fingerprint(self) -> str:
         """Digest of what the image features depend on: tower, vision prompts, preprocessing."""
@@ -102,7 +109,13 @@ class Teacher(nn.Module):
         """Digest of the class vectors and of the weights, prompts, names and templates behind them."""
         prompts = self.text_prompts.state_dict() if self.text_prompts is not None else {}
         info = self.info
-        made_by = (self.clip.text_hash, info.method, info.template, info.templates, info.class_names)
+        made_by = (
+            self.clip.text_hash,
+            info.method,
+            info.template,
+            info.templates,
+            info.class_names,
+        )
         return hash_tensors({**prompts, "class_vectors": self.class_vectors.float()}, repr(made_by))
 
     def save(self, path: str | os.PathLike[str]) -> Path:
@@ -146,20 +159,31 @@ class Teacher(nn.Module):
                 were made by other weights, prompts, names or templates than the folder's.
         """
         tensors, data = read_folder(path, "teacher", KIND)
-        clip = load_clip(model if model is not None else data["model"], precision=precision, device=device, text=text)
+        clip = load_clip(
+            model if model is not None else data["model"],
+            precision=precision,
+            device=device,
+            text=text,
+        )
         if clip.image_hash != data["image_hash"] or clip.text_hash != data["text_hash"]:
             raise CheckpointError(
                 f"'{path}' was tuned on '{data['model']}' with weights {data['image_hash'][:8]}…, but "
                 f"'{clip.name}' has {clip.image_hash[:8]}…; load it with the model it was tuned on"
             )
         info = TeacherInfo(
-            data["method"], data["template"], tuple(data["templates"]), tuple(data["class_names"]), data["summary"]
+            data["method"],
+            data["template"],
+            tuple(data["templates"]),
+            tuple(data["class_names"]),
+            data["summary"],
         )
         teacher = cls(
             clip,
             info,
             tensors["class_vectors"],
-            stacked_prompts(tensors, "vision_prompts", clip.vision.width, clip.vision.num_layers, path),
+            stacked_prompts(
+                tensors, "vision_prompts", clip.vision.width, clip.vision.num_layers, path
+            ),
             stacked_prompts(tensors, "text_prompts", None, None, path),
         ).to(device)
         if teacher._class_vectors_hash() != data["class_vectors_hash"]:
@@ -173,7 +197,8 @@ class Teacher(nn.Module):
 def unit(features: Tensor) -> Tensor:
     """Rows of unit length, in float32 (float64 stays)."""
     wide = features if features.dtype == torch.float64 else features.float()
-    return wide / wide.norm(dim=-1, keepdim=True)
+    normed: Tensor = wide / wide.norm(dim=-1, keepdim=True)
+    return normed
 
 
 def stacked_prompts(
@@ -188,7 +213,11 @@ def stacked_prompts(
     except KeyError as error:
         raise CheckpointError(f"'{path}' lacks the tensor {error}") from error
     wrong = [t for t in found if t.ndim != 2 or t.shape != found[0].shape]
-    if wrong or (width is not None and found[0].shape[1] != width) or (layers is not None and depth > layers):
+    if (
+        wrong
+        or (width is not None and found[0].shape[1] != width)
+        or (layers is not None and depth > layers)
+    ):
         raise CheckpointError(
             f"'{path}' holds {prefix} of shape {depth} x {tuple(found[0].shape)}, which don't fit "
             f"a tower of {layers} layers and width {width}"

@@ -61,7 +61,11 @@ def clip_spec(
         "text_projection": ((t_width, embed), 0.0, t_width**-0.5),
         "logit_scale": ((), LOGIT_SCALE, None),
     }
-    for norm, width in (("visual.ln_pre", v_width), ("visual.ln_post", v_width), ("ln_final", t_width)):
+    for norm, width in (
+        ("visual.ln_pre", v_width),
+        ("visual.ln_post", v_width),
+        ("ln_final", t_width),
+    ):
         spec |= {f"{norm}.weight": ((width,), 1.0, 0.1), f"{norm}.bias": ((width,), 0.0, 0.1)}
     for layer in range(v_layers):
         spec |= _block_spec(f"visual.transformer.resblocks.{layer}.", v_width)
@@ -72,14 +76,20 @@ def clip_spec(
 
 def vision_prompt_spec(model: dict[str, int], std: float, depth: int = 9) -> Spec:
     width, layers = model["v_width"], model["v_layers"]
-    deep = [f"image_encoder.transformer.resblocks.{i}.VPT_shallow" for i in range(1, min(depth, layers))]
-    return {name: ((4, width), 0.0, std) for name in ["image_encoder.VPT", *deep]}
+    deep = [
+        f"image_encoder.transformer.resblocks.{i}.VPT_shallow" for i in range(1, min(depth, layers))
+    ]
+    return dict.fromkeys(["image_encoder.VPT", *deep], ((4, width), 0.0, std))
 
 
-def text_prompt_spec(model: dict[str, int], std: float, ctx_std: float | None, depth: int = 9) -> Spec:
+def text_prompt_spec(
+    model: dict[str, int], std: float, ctx_std: float | None, depth: int = 9
+) -> Spec:
     width, layers = model["t_width"], model["t_layers"]
-    deep = [f"text_encoder.transformer.resblocks.{i}.VPT_shallow" for i in range(1, min(depth, layers))]
-    spec: Spec = {name: ((4, width), 0.0, std) for name in deep}
+    deep = [
+        f"text_encoder.transformer.resblocks.{i}.VPT_shallow" for i in range(1, min(depth, layers))
+    ]
+    spec: Spec = dict.fromkeys(deep, ((4, width), 0.0, std))
     if ctx_std is not None:
         spec["prompt_learner.ctx"] = ((4, width), 0.0, ctx_std)
     return spec
@@ -127,7 +137,9 @@ def build(config: dict[str, Any]) -> dict[str, dict[str, Array]]:
     # One stream over vision and text, of which only the text side is used.
     both = vision_prompt_spec(student, 0.1) | text_prompt_spec(student, 0.1, 0.3)
     drawn = draw(both, seed + OFFSETS["student_text_prompts"])
-    out["student_text_prompts"] = {k: v for k, v in drawn.items() if not k.startswith("image_encoder")}
+    out["student_text_prompts"] = {
+        k: v for k, v in drawn.items() if not k.startswith("image_encoder")
+    }
     out["data"] = _data(config) | _orders(config)
     return out
 
@@ -137,7 +149,10 @@ def _data(config: dict[str, Any]) -> dict[str, Array]:
     rng = np.random.Generator(np.random.PCG64(config["seed"] + OFFSETS["data"]))
     pattern = rng.standard_normal((classes, *shape))
     out: dict[str, Array] = {}
-    for part, number in (("train", classes * config["per_class_train"]), ("test", config["n_test"])):
+    for part, number in (
+        ("train", classes * config["per_class_train"]),
+        ("test", config["n_test"]),
+    ):
         labels = np.arange(number) % classes
         noise = rng.standard_normal((number, *shape))
         out[f"{part}_images"] = half_exact(0.7 * pattern[labels] + 0.7 * noise)

@@ -68,7 +68,9 @@ def compare(golden: GoldenSet, precision: str, file: str, ours: dict[str, Any]) 
         scale = max(float(np.abs(want).max()), 1e-30)
         floor = {"fp64": 1e-10, "fp32": 1e-3}[precision] if key.endswith(ZERO_GRADIENT) else 0.0
         worst = float(np.abs(have - want).max())
-        assert worst <= tolerance * scale + floor, f"{file}/{key}: off by {worst / scale:.2e} of its max"
+        assert worst <= tolerance * scale + floor, (
+            f"{file}/{key}: off by {worst / scale:.2e} of its max"
+        )
 
 
 def _kind(key: str, value: Any) -> str:
@@ -192,7 +194,9 @@ def test_prompted(golden: GoldenSet, precision: str, folder: Path) -> None:
         ours |= {f"{side}_image": unit(image), f"{side}_text": unit(words)}
         ours[f"{side}_logits"] = _logits(clip, image, words)
         cut = prompted_class_vectors(clip, golden.config["classnames"], TEMPLATE, text)
-        torch.testing.assert_close(cut, unit(words), rtol=0, atol=1e-12 if precision == "fp64" else 2e-6)
+        torch.testing.assert_close(
+            cut, unit(words), rtol=0, atol=1e-12 if precision == "fp64" else 2e-6
+        )
     compare(golden, precision, "b_prompted", ours)
 
 
@@ -212,7 +216,9 @@ class TensorBatches:
 class Recorder:
     """Collects losses, learning rates and gradient norms as the official harness did."""
 
-    def __init__(self, named: dict[str, Tensor], trainable: list[str], training: Training[Any]) -> None:
+    def __init__(
+        self, named: dict[str, Tensor], trainable: list[str], training: Training[Any]
+    ) -> None:
         self.named, self.trainable, self.training = named, trainable, training
         self.losses: dict[str, list[float]] = {}
         self.rates: list[float] = []
@@ -282,7 +288,9 @@ def test_stage1(golden: GoldenSet, precision: str, folder: Path) -> None:
     first = batches.columns[0][batches.order[0]]
     with torch.no_grad():
         words = unit(clip.need_text("test")(model.tokens, model.text_prompts()))
-        ours["step0_logits"] = clip.logit_scale * unit(clip.vision(first, model.vision_prompts())) @ words.T
+        ours["step0_logits"] = (
+            clip.logit_scale * unit(clip.vision(first, model.vision_prompts())) @ words.T
+        )
 
     def on_step(done: int) -> None:
         if done == 1:
@@ -349,7 +357,9 @@ def _official_shapes(golden: GoldenSet, student: Student) -> list[str]:
     """Names, shapes and flags of the official student, from our own parts."""
     raw = golden.inputs["student"]
     frozen = {k: v.shape for k, v in raw.items() if k.startswith("visual.") or k == "logit_scale"}
-    lines = [f"{k.replace('visual.', 'image_encoder.')} {tuple(s)} False" for k, s in frozen.items()]
+    lines = [
+        f"{k.replace('visual.', 'image_encoder.')} {tuple(s)} False" for k, s in frozen.items()
+    ]
     trained = _named_prompts(student.prompts) | _named_projector(student)
     return lines + [f"{k} {tuple(_like_conv(k, v).shape)} True" for k, v in trained.items()]
 
@@ -433,22 +443,31 @@ def _check_stage2(golden: GoldenSet, precision: str, folder: Path, name: str) ->
     if settings["modal"] == "cross":
         ours["final_eval_logits_all"] = logits
     else:
-        ours["final_eval_logits_base"], ours["final_eval_logits_novel"] = logits[:, :half], logits[:, half:]
+        ours["final_eval_logits_base"], ours["final_eval_logits_novel"] = (
+            logits[:, :half],
+            logits[:, half:],
+        )
     ours["final_eval_student_image"] = student.encode_image(data["test_images"])
     test_features = teacher.encode_image(data["test_images"])
-    ours["final_eval_teacher_logits_all"] = teacher.logit_scale * test_features @ teacher.class_vectors.T
+    ours["final_eval_teacher_logits_all"] = (
+        teacher.logit_scale * test_features @ teacher.class_vectors.T
+    )
     compare(golden, precision, f"d_{name}", ours)
 
 
 @torch.no_grad()
-def _first_step(student: Student, teacher: Teacher, pixels: Tensor, temperature: float) -> dict[str, Tensor]:
+def _first_step(
+    student: Student, teacher: Teacher, pixels: Tensor, temperature: float
+) -> dict[str, Tensor]:
     student.train()
     projected = unit(student.project(pixels))
     student_logits = student.logit_scale * projected @ teacher.class_vectors.T
     features = teacher.encode_image(pixels)
     teacher_logits = teacher.logit_scale * features @ teacher.class_vectors.T
     kl = torch.nn.functional.kl_div(
-        (student_logits / temperature).log_softmax(1), (teacher_logits / temperature).softmax(1), reduction="sum"
+        (student_logits / temperature).log_softmax(1),
+        (teacher_logits / temperature).softmax(1),
+        reduction="sum",
     )
     return {
         "step0_kl_sum": kl,
@@ -468,7 +487,10 @@ def test_inputs_are_the_recipe(golden: GoldenSet) -> None:
     found = [name for name in files if (golden.folder / f"{name}.safetensors").is_file()]
     for name in found:
         stored = load_file(golden.folder / f"{name}.safetensors")
-        assert all(torch.equal(stored[k].float(), v) for k, v in golden.tensors(name, torch.float32).items())
+        assert all(
+            torch.equal(stored[k].float(), v)
+            for k, v in golden.tensors(name, torch.float32).items()
+        )
     digest = {"seed", "image", "classnames", "teacher", "student", "src", "kd"}
     assert digest <= set(golden.config)
 

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from promptkd import _rust
@@ -94,32 +95,38 @@ class ViewLoader:
             orient=self._orient,
             on_error="skip",
         )
-        tensors = [torch.from_numpy(p) for p in pixels]
-        if failed:
-            bad = {place for place, _, _ in failed}
-            for place, _, reason in failed:
-                self.failures.add(good[place], reason)
-            keep = [place for place in range(len(good)) if place not in bad]
-            tensors = [t[keep] for t in tensors]
-            good = [good[place] for place in keep]
-        return [tensors[slot] for slot in self._slots], good
+        for place, _, reason in failed:
+            self.failures.add(good[place], reason)
+        tensors, kept = _without(pixels, {place for place, _, _ in failed})
+        return [tensors[slot] for slot in self._slots], [good[place] for place in kept]
 
 
 def load_whole(
-    sources: Sequence[Any], preprocess: Sequence[Preprocess], *, orient: bool
-) -> list[Tensor]:
+    sources: Sequence[Any],
+    preprocess: Sequence[Preprocess],
+    *,
+    orient: bool,
+    on_error: Literal["raise", "skip"] = "raise",
+) -> tuple[list[Tensor], list[int]]:
     """Whole pictures as each tower's own resize mode wants them (the test view).
 
     Returns:
-        One uint8 tensor (B, H, W, 3) a tower.
+        One uint8 tensor (B, H, W, 3) a tower, and the rows that could be read.
 
     Raises:
-        ImageError: a picture that can't be read.
+        ImageError: a picture that can't be read, unless `on_error` is "skip".
     """
     targets, slots = _distinct([target(p) for p in preprocess])
-    pixels, _ = decode_images(sources, targets, orient=orient)
+    pixels, failed = decode_images(sources, targets, orient=orient, on_error=on_error)
+    tensors, kept = _without(pixels, {row for row, _, _ in failed})
+    return [tensors[slot] for slot in slots], kept
+
+
+def _without(pixels: Sequence[NDArray[np.uint8]], bad: set[int]) -> tuple[list[Tensor], list[int]]:
+    """The arrays as tensors without the bad rows, and the rows that stay."""
+    kept = [row for row in range(len(pixels[0])) if row not in bad]
     tensors = [torch.from_numpy(p) for p in pixels]
-    return [tensors[slot] for slot in slots]
+    return [t[kept] for t in tensors] if bad else tensors, kept
 
 
 def target(preprocess: Preprocess) -> _rust.Target:
@@ -159,7 +166,9 @@ def split_batches(order: Sequence[int], batch_size: int) -> list[Sequence[int]]:
     return full or [order]
 
 
-def prefetch(function: Callable[..., T], arguments: Iterable[tuple[Any, ...]], depth: int = 2) -> Iterator[T]:
+def prefetch(
+    function: Callable[..., T], arguments: Iterable[tuple[Any, ...]], depth: int = 2
+) -> Iterator[T]:
     """Call `function` on each tuple of arguments, in order, at most `depth` results ahead."""
     pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="promptkd-loader")
     waiting = iter(arguments)

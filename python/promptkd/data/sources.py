@@ -19,7 +19,8 @@ from promptkd.errors import DataError
 from promptkd.prompts import plain_name
 
 EXTENSIONS = frozenset(
-    ".jpg .jpeg .jpe .png .webp .bmp .gif .tif .tiff .ppm .pgm .heic .heif .avif".split()
+    f".{name}" for name in
+    ("jpg", "jpeg", "jpe", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "heic", "heif", "avif")
 )
 SPLIT_FILE = "split.json"
 
@@ -114,7 +115,9 @@ def unlabelled(images: Any) -> ImageList:
             rows = _read_list(place)
             found = _from_paths([path for path, _ in rows], place.parent)
         else:
-            raise DataError(f"'{images}' is neither a folder of pictures nor a file that lists them")
+            raise DataError(
+                f"'{images}' is neither a folder of pictures nor a file that lists them"
+            )
     elif isinstance(images, Sequence):
         found = _from_paths([_only_path(item) for item in images], None)
     else:
@@ -162,7 +165,9 @@ def labelled(
             root = place.parent
             pairs = [(path, _need_label(label, path, place)) for path, label in _read_list(place)]
         else:
-            raise DataError(f"'{source}' is neither a folder with one sub-folder a class nor a list")
+            raise DataError(
+                f"'{source}' is neither a folder with one sub-folder a class nor a list"
+            )
     else:
         pairs = [(str(path), str(label)) for path, label in source]
     if not pairs:
@@ -185,7 +190,9 @@ def check_class_names(names: Sequence[str]) -> tuple[str, ...]:
             raise DataError(f"class name {row + 1} of {len(names)} is empty")
         key = plain_name(name).strip()
         if key in seen:
-            raise DataError(f"class name '{name}' stands twice (places {seen[key] + 1} and {row + 1})")
+            raise DataError(
+                f"class name '{name}' stands twice (places {seen[key] + 1} and {row + 1})"
+            )
         seen[key] = row
     return tuple(names)
 
@@ -276,10 +283,14 @@ def _read_list(path: Path) -> list[tuple[str, str | None]]:
             rows = [json.loads(line) for line in text.splitlines() if line.strip()]
             return [(str(r["path"]), None if "label" not in r else str(r["label"])) for r in rows]
         if path.suffix in (".csv", ".tsv"):
-            table = csv.DictReader(text.splitlines(), delimiter="\t" if path.suffix == ".tsv" else ",")
+            table = csv.DictReader(
+                text.splitlines(), delimiter="\t" if path.suffix == ".tsv" else ","
+            )
             return [(r["path"], r.get("label")) for r in table]
     except KeyError as error:
-        raise DataError(f"'{path}' has no column {error}; expected path and, optionally, label") from error
+        raise DataError(
+            f"'{path}' has no column {error}; expected path and, optionally, label"
+        ) from error
     except (OSError, UnicodeDecodeError, ValueError, TypeError) as error:
         raise DataError(f"'{path}' is no readable list of pictures: {error}") from error
     return [(line.strip(), None) for line in text.splitlines() if line.strip()]
@@ -317,7 +328,7 @@ def _relabel(images: ImageList, class_names: Sequence[str] | None) -> ImageList:
 
 def _only_path(item: Any) -> str:
     if isinstance(item, str | os.PathLike):
-        return os.fspath(item)  # type: ignore[no-any-return]
+        return os.fspath(item)
     raise DataError(f"a list of pictures must hold paths, not {type(item).__name__}")
 
 

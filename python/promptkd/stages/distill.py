@@ -84,7 +84,12 @@ class DistillConfig(TrainConfig):
 
     @classmethod
     def paper(
-        cls, dataset: str, *, protocol: str = "base-to-novel", num_classes: int | None = None, **changes: Any
+        cls,
+        dataset: str,
+        *,
+        protocol: str = "base-to-novel",
+        num_classes: int | None = None,
+        **changes: Any,
     ) -> DistillConfig:
         """The paper's settings for a dataset, KD_WEIGHT/N resolved.
 
@@ -156,7 +161,9 @@ class DistillStep:
         return (logits.softmax(dim=-1).amax(dim=-1) >= self.config.min_confidence).float()
 
 
-def new_student(clip: Clip, teacher: Teacher, config: DistillConfig, *, orient: bool = True) -> Student:
+def new_student(
+    clip: Clip, teacher: Teacher, config: DistillConfig, *, orient: bool = True
+) -> Student:
     """An untrained student: random prompts and projector from the seed, the teacher's vectors."""
     generator = torch.Generator().manual_seed(config.seed)
     depth = min(config.prompt_depth, clip.vision.num_layers)
@@ -224,7 +231,16 @@ def distill(
         raise DataError("distilling needs at least two pictures (BatchNorm can't learn from one)")
     folder = Path(output).expanduser() if output is not None else None
     guide = _the_teacher(
-        teacher, class_names, labelled, folder, resume, place, config, teach_config, orient, progress
+        teacher,
+        class_names,
+        labelled,
+        folder,
+        resume,
+        place,
+        config,
+        teach_config,
+        orient,
+        progress,
     )
     clip = load_clip(student, precision=config.precision, device=place)
     identity = {
@@ -259,10 +275,14 @@ def _the_teacher(
     progress: Progress,
 ) -> Teacher:
     """The teacher asked for: given, opened, tuned, or zero-shot."""
-    is_folder = isinstance(teacher, str | os.PathLike) and (Path(teacher) / "teacher.json").is_file()
+    is_folder = (
+        isinstance(teacher, str | os.PathLike) and (Path(teacher) / "teacher.json").is_file()
+    )
     if isinstance(teacher, Teacher) or is_folder:
         if labelled is not None:
-            raise DataError("a finished teacher needs no labelled pictures; give a model name to tune one")
+            raise DataError(
+                "a finished teacher needs no labelled pictures; give a model name to tune one"
+            )
         if class_names is not None:
             raise DataError("this teacher brings its class names; leave class_names out")
         if isinstance(teacher, Teacher):
@@ -270,7 +290,11 @@ def _the_teacher(
         return Teacher.load(teacher, precision=config.precision, device=place)
     stage1 = replace(teach_config or TeachConfig(), precision=config.precision)
     if labelled is not None:
-        if resume and folder is not None and (folder / "teacher" / "teach_run.json").is_file() is False:
+        if (
+            resume
+            and folder is not None
+            and (folder / "teacher" / "teach_run.json").is_file() is False
+        ):
             resume = False
         return teach(
             labelled,
@@ -289,7 +313,9 @@ def _the_teacher(
         )
     names = check_class_names(class_names)
     templates = teach_config.templates if teach_config is not None else config.templates
-    return zero_shot_teacher(load_clip(teacher, precision=config.precision, device=place), names, templates)
+    return zero_shot_teacher(
+        load_clip(teacher, precision=config.precision, device=place), names, templates
+    )
 
 
 def _train(
@@ -310,7 +336,9 @@ def _train(
         f"(the paper's KD_WEIGHT {config.kd_weight * len(student.class_names):g})"
     )
     report = describe_teacher(teacher, pictures, orient=orient, progress=progress)
-    holdout = Holdout(teacher, student, pictures.select(held_rows), config.temperature, orient=orient)
+    holdout = Holdout(
+        teacher, student, pictures.select(held_rows), config.temperature, orient=orient
+    )
     before = holdout.measure(student)
     zero_shot = holdout.zero_shot_agreement(config.templates)
     batches = ViewBatches(images, student, teacher, config, orient=orient, progress=progress)
@@ -366,7 +394,13 @@ class ViewBatches:
         self._dtype = _compute_dtype(config)
         crop = CropRecipe(scale=config.crop_scale)
         self._views = TeacherViews(
-            teacher, images, crop, seed=config.seed, orient=orient, dtype=self._dtype, progress=progress
+            teacher,
+            images,
+            crop,
+            seed=config.seed,
+            orient=orient,
+            dtype=self._dtype,
+            progress=progress,
         )
         per_epoch = self.steps_per_epoch
         num_epochs = -(-config.num_steps(per_epoch) // per_epoch)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,22 +11,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from promptkd.clip import Preprocess
-from promptkd.data.loader import chunks, load_whole
+from promptkd.data.loader import chunks, load_whole, prefetch
 from promptkd.data.sources import ImageList
+from promptkd.errors import DataError
 from promptkd.stages.progress import Progress
 from promptkd.student import Student
 from promptkd.teacher import Teacher, ensemble_features, unit
 
 LOW_CONFIDENCE = 0.5
-_LOOK_AT = 2048
+MAX_HOLDOUT = 512
+_LOOK_AT = 512
 
 
 def split_holdout(num_images: int, share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Rows to learn from and rows kept aside; at least two stay to learn from."""
-    held = min(-(-num_images * share // 1), num_images - 2)
+    """Rows to learn from and rows kept aside (at most 512); at least two stay to learn from."""
+    held = min(math.ceil(num_images * share), num_images - 2, MAX_HOLDOUT)
     generator = torch.Generator().manual_seed(seed + 7_919)
     order = torch.randperm(num_images, generator=generator).tolist()
-    return sorted(order[int(held) :]), sorted(order[: int(held)])
+    return sorted(order[held:]), sorted(order[:held])
 
 
 class Holdout:
@@ -40,9 +43,9 @@ class Holdout:
         *,
         orient: bool,
     ) -> None:
-        self._student, self._images, self._orient = student, images, orient
-        self._temperature = temperature
-        self.log_probs = teacher_log_probs(teacher, images, temperature, orient=orient)
+        self._student, self._orient, self._temperature = student, orient, temperature
+        self.log_probs, kept = teacher_log_probs(teacher, images, temperature, orient=orient)
+        self._images = images.select(kept)
         self.last: dict[str, float] | None = None
         self.zero_shot: float | None = None
 
@@ -53,7 +56,7 @@ class Holdout:
         was_training = student.training
         student.eval()
         with torch.no_grad():
-            logits = torch.cat([student(p) for p in self._pixels(student.clip.preprocess)])
+            logits = torch.cat([student(p) for p in self._pixels()])
         student.train(was_training)
         mine = F.log_softmax(logits.cpu() / self._temperature, dim=-1)
         kl = (self.log_probs.exp() * (self.log_probs - mine)).sum(dim=-1).mean()
@@ -67,7 +70,7 @@ class Holdout:
         if len(self._images) == 0 or student.clip.text is None:
             return None
         vectors = unit(ensemble_features(student.clip, student.class_names, templates))
-        features = [unit(student.vision(p)) for p in self._pixels(student.clip.preprocess)]
+        features = [unit(student.vision(p)) for p in self._pixels()]
         self.zero_shot = self._agreement((torch.cat(features) @ vectors.T).cpu())
         return self.zero_shot
 
@@ -96,45 +99,60 @@ class Holdout:
         same = scores.argmax(dim=-1) == self.log_probs.argmax(dim=-1)
         return 100 * float(same.double().mean())
 
-    def _pixels(self, preprocess: Preprocess) -> Any:
-        return whole_batches(self._images, preprocess, self._student, self._orient)
+    def _pixels(self) -> Iterator[Tensor]:
+        student = self._student
+        for pixels, _ in whole_batches(
+            self._images, student.clip.preprocess, student, self._orient
+        ):
+            yield pixels
 
 
-def whole_batches(images: ImageList, preprocess: Preprocess, module: Any, orient: bool) -> Any:
-    """Normalised test views of pictures, batch by batch, on a module's device."""
+def whole_batches(
+    images: ImageList, preprocess: Preprocess, module: Student | Teacher, orient: bool
+) -> Iterator[tuple[Tensor, list[int]]]:
+    """Normalised test views, batch by batch, on a module's device, with the rows that could be read."""
     device = module.class_vectors.device
     dtype = torch.float64 if module.vision.dtype == torch.float64 else torch.float32
-    for rows in chunks(len(images)):
-        (pixels,) = load_whole([images.paths[r] for r in rows], [preprocess], orient=orient)
-        yield preprocess.normalize(pixels.to(device), dtype)
+
+    def load(rows: list[int]) -> tuple[Tensor, list[int]]:
+        paths = [images.paths[r] for r in rows]
+        (pixels,), kept = load_whole(paths, [preprocess], orient=orient, on_error="skip")
+        return pixels, [rows[k] for k in kept]
+
+    for pixels, kept in prefetch(load, [(rows,) for rows in chunks(len(images))]):
+        yield preprocess.normalize(pixels.to(device), dtype), kept
 
 
-def teacher_log_probs(teacher: Teacher, images: ImageList, temperature: float, *, orient: bool) -> Tensor:
-    """log softmax of the teacher's logits on whole pictures, (N, C)."""
+@torch.no_grad()
+def teacher_log_probs(
+    teacher: Teacher, images: ImageList, temperature: float, *, orient: bool
+) -> tuple[Tensor, list[int]]:
+    """log softmax of the teacher's logits on whole pictures, (n, C), and the n rows it could read."""
     vectors = teacher.class_vectors
-    rows = [
-        teacher.logit_scale * teacher.encode_image(p) @ vectors.T / temperature
-        for p in whole_batches(images, teacher.preprocess, teacher, orient)
-    ]
-    logits = torch.cat(rows) if rows else vectors.new_zeros(0, len(vectors))
-    return F.log_softmax(logits.cpu(), dim=-1)
+    rows, kept = [vectors.new_zeros(0, len(vectors))], []
+    for pixels, read in whole_batches(images, teacher.preprocess, teacher, orient):
+        rows.append(teacher.logits(pixels) / temperature)
+        kept += read
+    return F.log_softmax(torch.cat(rows).cpu(), dim=-1), kept
 
 
 def describe_teacher(
     teacher: Teacher, images: ImageList, *, orient: bool, progress: Progress
 ) -> dict[str, Any]:
     """What the teacher makes of (a sample of) the pictures, told to the user before training."""
-    step = max(1, len(images) // _LOOK_AT)
-    sample = images.select(range(0, len(images), step))
-    probs = teacher_log_probs(teacher, sample, 1.0, orient=orient).exp()
-    best, label = probs.max(dim=-1)
+    sample = images.select(range(0, len(images), math.ceil(len(images) / _LOOK_AT)))
+    log_probs, kept = teacher_log_probs(teacher, sample, 1.0, orient=orient)
+    if not kept:
+        load_whole(sample.paths[:1], [teacher.preprocess], orient=orient)  # raises with the reason
+        raise DataError(f"none of {len(sample)} pictures can be read")
+    best, label = log_probs.exp().max(dim=-1)
     counts = torch.bincount(label, minlength=len(teacher.class_names)).tolist()
     unsure = 100 * float((best < LOW_CONFIDENCE).double().mean())
     by_class = dict(zip(teacher.class_names, counts, strict=True))
     empty = [name for name, count in by_class.items() if count == 0]
     most = sorted(by_class.items(), key=lambda kv: -kv[1])
     progress.say(
-        f"teacher on {len(sample)} pictures: "
+        f"teacher on {len(kept)} pictures: "
         + ", ".join(f"{name} {count}" for name, count in most[:8])
         + (f" … {most[-1][0]} {most[-1][1]}" if len(most) > 8 else "")
         + f"; {unsure:.0f} % with a top probability below {LOW_CONFIDENCE}"
@@ -151,4 +169,4 @@ def describe_teacher(
             "it on a few labelled pictures first",
             style="yellow",
         )
-    return {"num_images": len(sample), "predictions": by_class, "low_confidence_percent": unsure}
+    return {"num_images": len(kept), "predictions": by_class, "low_confidence_percent": unsure}

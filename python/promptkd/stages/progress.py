@@ -33,7 +33,9 @@ class Progress:
         """One line for the user."""
         self.console.print(message, style=style, markup=False)
 
-    def start(self, stage: str, num_steps: int, done: int, batch_size: int, folder: Path | None) -> None:
+    def start(
+        self, stage: str, num_steps: int, done: int, batch_size: int, folder: Path | None
+    ) -> None:
         """Begin a stage of `num_steps`, of which `done` are behind."""
         self._stage, self._num_steps, self._batch_size = stage, num_steps, batch_size
         self._began, self._began_at = time.monotonic(), done
@@ -59,7 +61,11 @@ class Progress:
 
     def due(self, done: int, num_steps: int) -> bool:
         """Whether values of this step are wanted."""
-        return done == num_steps or done % _LOG_EVERY == 0 or (self._bar is not None and done % 10 == 0)
+        return (
+            done == num_steps
+            or done % _LOG_EVERY == 0
+            or (self._bar is not None and done % 10 == 0)
+        )
 
     def update(self, done: int, values: Mapping[str, float]) -> None:
         """Show and log the values of a step."""
@@ -71,7 +77,9 @@ class Progress:
         elif time.monotonic() - self._line_at >= _LINE_SECONDS or done == self._num_steps:
             self._line_at = time.monotonic()
             left = (self._num_steps - done) * seconds / max(done - self._began_at, 1)
-            self.say(f"{self._stage} {done}/{self._num_steps} {shown} {speed:.0f} img/s, {left:.0f} s left")
+            self.say(
+                f"{self._stage} {done}/{self._num_steps} {shown} {speed:.0f} img/s, {left:.0f} s left"
+            )
         self._write({"step": done, **values, "images_per_second": speed})
 
     def stop(self) -> None:
@@ -115,4 +123,4 @@ def _tensorboard_writer(folder: Path) -> Any:
     except ImportError:
         print("TensorBoard is not installed: pip install promptkd[tensorboard]", file=sys.stderr)
         return None
-    return SummaryWriter(str(folder / "tensorboard"))  # type: ignore[no-untyped-call]
+    return SummaryWriter(str(folder / "tensorboard"))

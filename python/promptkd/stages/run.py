@@ -145,7 +145,9 @@ class Run:
         if sheet.is_file():
             self._compare(sheet, wanted, resume)
         elif folder.is_dir() and any(folder.glob("*.safetensors")):
-            raise CheckpointError(f"'{folder}' already holds something else; give another output folder")
+            raise CheckpointError(
+                f"'{folder}' already holds something else; give another output folder"
+            )
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -227,7 +229,9 @@ class Training(Generic[B]):
         num_steps = self.config.num_steps(per_epoch)
         done = self._restore(optimizer)
         watch = _Watch(self.run)
-        self.progress.start(self.run.stage, num_steps, done, self.config.batch_size, self.run.folder)
+        self.progress.start(
+            self.run.stage, num_steps, done, self.config.batch_size, self.run.folder
+        )
         saved_at = time.monotonic()
         try:
             while done < num_steps:
@@ -244,7 +248,11 @@ class Training(Generic[B]):
                     if done >= num_steps:
                         break
                     waited = time.monotonic() - saved_at
-                    wanted = _EPOCH_CHECKPOINT_SECONDS if ends_epoch else 60 * self.config.checkpoint_minutes
+                    wanted = (
+                        _EPOCH_CHECKPOINT_SECONDS
+                        if ends_epoch
+                        else 60 * self.config.checkpoint_minutes
+                    )
                     if waited >= wanted:
                         self._save(optimizer, done)
                         saved_at = time.monotonic()
@@ -263,7 +271,7 @@ class Training(Generic[B]):
             group["lr"] = rate
         losses = self.step(batch)
         optimizer.zero_grad(set_to_none=True)
-        losses["loss"].backward()  # type: ignore[no-untyped-call]
+        losses["loss"].backward()
         self.on_gradients(done, losses)
         optimizer.step()
         return losses
@@ -279,7 +287,9 @@ class Training(Generic[B]):
     def _save(self, optimizer: torch.optim.Optimizer, done: int) -> None:
         if self.run.folder is None:
             return
-        tensors = {f"{n}.{k}": v for n, m in self.modules.items() for k, v in m.state_dict().items()}
+        tensors = {
+            f"{n}.{k}": v for n, m in self.modules.items() for k, v in m.state_dict().items()
+        }
         for index, entry in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{k}": v for k, v in entry.items() if v is not None}
         self.run.save(tensors, {"step": done, "history": self.history})
@@ -291,10 +301,14 @@ class Training(Generic[B]):
         tensors, data = found
         try:
             for name, module in self.modules.items():
-                own = {k[len(name) + 1 :]: v for k, v in tensors.items() if k.startswith(name + ".")}
+                own = {
+                    k[len(name) + 1 :]: v for k, v in tensors.items() if k.startswith(name + ".")
+                }
                 module.load_state_dict(own)
         except RuntimeError as error:
-            raise CheckpointError(f"the checkpoint in '{self.run.folder}' has other shapes: {error}") from error
+            raise CheckpointError(
+                f"the checkpoint in '{self.run.folder}' has other shapes: {error}"
+            ) from error
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             if key.startswith("optimizer."):

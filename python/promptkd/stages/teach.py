@@ -262,7 +262,9 @@ def teach(
     }
     if resume and folder is not None and (folder / "teacher.json").is_file():
         Run(folder, "teach", identity, resume=True)
-        return Teacher.load(folder, model=model, precision=config.precision, device=place, text=True)
+        return Teacher.load(
+            folder, model=model, precision=config.precision, device=place, text=True
+        )
     run = Run(folder, "teach", identity, resume=resume)
     if images is None:
         teacher = zero_shot_teacher(clip, names, config.templates)
@@ -274,7 +276,9 @@ def teach(
     return teacher.to(place)
 
 
-def _few_shot_images(source: Any, class_names: Sequence[str] | None, config: TeachConfig) -> ImageList:
+def _few_shot_images(
+    source: Any, class_names: Sequence[str] | None, config: TeachConfig
+) -> ImageList:
     """The labelled pictures that stage 1 sees."""
     if source is None:
         raise DataError("stage 1 needs labelled pictures; or use method='zero-shot'")
@@ -283,7 +287,8 @@ def _few_shot_images(source: Any, class_names: Sequence[str] | None, config: Tea
     if isinstance(source, str | os.PathLike) and Path(source).is_dir():
         split = find_split(Path(source))
         if split is not None and split.base:
-            assert images.labels is not None and images.class_names is not None
+            assert images.labels is not None
+            assert images.class_names is not None
             base = {plain_name(name) for name in split.base}
             is_base = [plain_name(images.class_names[y]) in base for y in images.labels]
             images = images.select([row for row, keep in enumerate(is_base) if keep])
@@ -299,7 +304,8 @@ def _tune(
     progress: Progress,
     orient: bool,
 ) -> Teacher:
-    assert images.labels is not None and images.class_names is not None
+    assert images.labels is not None
+    assert images.class_names is not None
     if len(images) < 2:
         raise DataError("stage 1 needs at least two labelled pictures")
     present = sorted(set(images.labels.tolist()))
@@ -328,14 +334,18 @@ def _tune(
     steps = training.execute()
     if steps % batches.steps_per_epoch == 0:
         average.install()
-    return finish_teacher(model, names, {"steps": steps, "failed": sorted(loader.failures.reasons.values())})
+    return finish_teacher(
+        model, names, {"steps": steps, "failed": sorted(loader.failures.reasons.values())}
+    )
 
 
 def finish_teacher(model: PromptSRC, names: Sequence[str], summary: dict[str, Any]) -> Teacher:
     """Compute the class vectors of all names, once, with the final prompts."""
     config = model.config
     vectors = prompted_class_vectors(model.clip, names, config.template, model.text_prompts)
-    info = TeacherInfo(config.method, config.template, tuple(config.templates), tuple(names), summary)
+    info = TeacherInfo(
+        config.method, config.template, tuple(config.templates), tuple(names), summary
+    )
     return Teacher(model.clip, info, vectors, model.vision_prompts, model.text_prompts)
 
 

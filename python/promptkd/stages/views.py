@@ -61,12 +61,16 @@ class TeacherViews:
     def encode(self, pixels: Tensor) -> Tensor:
         """Features (B, D) of uint8 pixels (B, H, W, 3)."""
         clip = self._teacher.clip
-        return self._teacher.encode_image(clip.preprocess.normalize(pixels.to(clip.device), self._dtype))
+        return self._teacher.encode_image(
+            clip.preprocess.normalize(pixels.to(clip.device), self._dtype)
+        )
 
     def _compute(self, view: int) -> Tensor:
         width = self._teacher.class_vectors.shape[1]
         features = torch.zeros(self._num_images, width, dtype=self._dtype)
-        for (pixels,), kept in prefetch(self._loader.load, [(c, view) for c in chunks(self._num_images)]):
+        for (pixels,), kept in prefetch(
+            self._loader.load, [(c, view) for c in chunks(self._num_images)]
+        ):
             if kept:
                 features[kept] = self.encode(pixels).cpu()
         return features

@@ -1,0 +1,313 @@
+"""The command line: one verb a stage or a thing, flags made from the API's own dataclasses."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from promptkd.errors import PromptKDError
+from promptkd.stages.distill import DistillConfig
+from promptkd.stages.teach import TeachConfig
+
+Json = Annotated[bool, tyro.conf.arg(name="json", help="Print the result as JSON on stdout.")]
+Quiet = Annotated[bool, tyro.conf.arg(help="No progress on stderr.")]
+Device = Annotated[
+    str | None, tyro.conf.arg(help="'cpu', 'cuda', …; default: the GPU if there is one.")
+]
+
+
+@dataclass(kw_only=True)
+class Demo:
+    """Run both stages on the small pictures and models that come with promptkd.
+
+    Stage 1 tunes the teacher on a few labelled pictures of the base classes, stage 2 distils it
+    on unlabelled pictures of all classes; the table compares them on held-out pictures.
+    """
+
+    seeds: int = 1
+    """Repeat with so many seeds, from 0; the table gives mean ± standard deviation."""
+    output: Path = Path("promptkd-demo")
+    """Folder for the students, the table and the picture."""
+    json_: Json = False
+    quiet: Quiet = False
+
+    def run(self) -> None:
+        """Print the table."""
+        from promptkd.demo import run_demo
+
+        result = run_demo(self.seeds, self.output, _progress(self.quiet))
+        _print(result.as_dict() if self.json_ else result.table())
+
+
+@dataclass(kw_only=True)
+class Teach:
+    """Stage 1: tune the prompts of a large CLIP on a few labelled pictures.
+
+    Example: promptkd teach photos --model ViT-L-14/openai --output teacher
+    """
+
+    labelled: tyro.conf.Positional[str]
+    """A folder with one sub-folder a class, or a CSV, TSV or JSONL file of path and label."""
+    model: str = "ViT-L-14/openai"
+    """The large CLIP: 'architecture/tag', 'hf-hub:…', 'local-dir:…' or a weights file."""
+    output: Path
+    """Folder for the teacher, its checkpoints and log."""
+    classes: Path | None = None
+    """A file with one class name a line; default: the folder's classes."""
+    resume: bool = False
+    """Go on with the run in the output folder."""
+    device: Device = None
+    config: tyro.conf.OmitArgPrefixes[TeachConfig] = field(default_factory=TeachConfig)
+    json_: Json = False
+    quiet: Quiet = False
+
+    def run(self) -> None:
+        """Make the teacher."""
+        from promptkd.stages.teach import teach
+
+        teacher = teach(
+            self.labelled,
+            _class_names(self.classes),
+            model=self.model,
+            output=self.output,
+            resume=self.resume,
+            device=self.device,
+            config=self.config,
+            progress=_progress(self.quiet),
+        )
+        facts = {
+            "teacher": str(self.output),
+            "model": teacher.clip.name,
+            "method": teacher.info.method,
+            "classes": len(teacher.class_names),
+            "fingerprint": teacher.fingerprint(),
+        }
+        _print(facts if self.json_ else f"teacher of {facts['classes']} classes in '{self.output}'")
+
+
+@dataclass(kw_only=True)
+class Distill:
+    """Stage 2: distil a teacher into a small student on unlabelled pictures.
+
+    Example: promptkd distill photos --classes names.txt --output student
+    """
+
+    images: tyro.conf.Positional[str]
+    """A folder of pictures (labels aren't looked at), or a file that lists them."""
+    teacher: str = "ViT-L-14/openai"
+    """A teacher folder made by 'promptkd teach', or a CLIP's name (zero-shot)."""
+    student: str = "ViT-B-16/openai"
+    """The small CLIP: 'architecture/tag', 'hf-hub:…', 'local-dir:…' or a weights file."""
+    output: Path
+    """Folder for the student, its checkpoints and log."""
+    classes: Path | None = None
+    """A file with one class name a line; a teacher folder brings its own."""
+    labelled: str | None = None
+    """A few labelled pictures: run stage 1 first, on the teacher's CLIP."""
+    include_backbone: bool = False
+    """Store the student's frozen tower too, so that the folder needs nothing else."""
+    resume: bool = False
+    """Go on with the run in the output folder."""
+    device: Device = None
+    config: tyro.conf.OmitArgPrefixes[DistillConfig] = field(default_factory=DistillConfig)
+    teach: TeachConfig = field(default_factory=TeachConfig)
+    """Stage 1, when it runs first."""
+    json_: Json = False
+    quiet: Quiet = False
+
+    def run(self) -> None:
+        """Make the student; a failed one is exit code 1."""
+        from promptkd.stages.distill import distill
+
+        student = distill(
+            self.images,
+            _class_names(self.classes),
+            teacher=self.teacher,
+            student=self.student,
+            labelled=self.labelled,
+            output=self.output,
+            resume=self.resume,
+            device=self.device,
+            config=self.config,
+            teach_config=self.teach,
+            progress=_progress(self.quiet),
+        )
+        if self.include_backbone:
+            student.save(self.output, include_backbone=True)
+        summary = {k: v for k, v in student.info.summary.items() if k not in ("config", "history")}
+        line = f"student of {len(student.class_names)} classes in '{self.output}'"
+        _print({"student": str(self.output), **summary} if self.json_ else line)
+        if summary["failed"]:
+            raise PromptKDError("the student agrees with its teacher less than before distilling")
+
+
+@dataclass(kw_only=True)
+class Predict:
+    """Classify pictures with a student.
+
+    Example: promptkd predict student photos --output predictions.csv
+    """
+
+    student: tyro.conf.Positional[Path]
+    """A student folder."""
+    paths: tyro.conf.Positional[tuple[str, ...]]
+    """Pictures and folders of pictures."""
+    top_k: int = 5
+    """Classes to name a picture."""
+    output: Path | None = None
+    """Write a .csv or .jsonl file instead of printing."""
+    backbone: str | None = None
+    """The student's CLIP, when its stored name is not to be found here."""
+    device: Device = None
+    json_: Json = False
+
+    def run(self) -> None:
+        """Print or write predictions."""
+        from promptkd.data.sources import pictures_in
+        from promptkd.stages.teach import pick_device
+        from promptkd.student import Student
+
+        if not self.paths:
+            raise PromptKDError("name at least one picture or folder")
+        if self.output is not None and self.output.suffix not in (".csv", ".jsonl"):
+            raise PromptKDError(f"'{self.output}' must end in .csv or .jsonl")
+        student = Student.load(
+            self.student, backbone=self.backbone, device=pick_device(self.device)
+        )
+        items = [p for path in self.paths for p in _pictures(path, pictures_in)]
+        rows = (asdict(p) for p in student.iter_predict(items, self.top_k))
+        if self.output is not None:
+            count = _write_rows(self.output, rows, min(self.top_k, len(student.class_names)))
+            _print(
+                {"predictions": count, "output": str(self.output)}
+                if self.json_
+                else f"{count} predictions in '{self.output}'"
+            )
+        elif self.json_:
+            _print(list(rows))
+        else:
+            for row in rows:
+                pairs = zip(row["labels"], row["probabilities"], strict=True)
+                print(
+                    f"{row['path']}: " + ", ".join(f"{name} {100 * p:.1f} %" for name, p in pairs)
+                )
+
+
+@dataclass(kw_only=True)
+class Evaluate:
+    """Measure a student on labelled pictures.
+
+    Example: promptkd evaluate student test-photos
+    """
+
+    student: tyro.conf.Positional[Path]
+    """A student folder."""
+    labelled: tyro.conf.Positional[str]
+    """A folder with one sub-folder a class (of a split its `test` part), or a list file."""
+    split: Path | None = None
+    """A split.json that names base and novel classes, when none lies beside the folder."""
+    backbone: str | None = None
+    """The student's CLIP, when its stored name is not to be found here."""
+    device: Device = None
+    json_: Json = False
+
+    def run(self) -> None:
+        """Print accuracies."""
+        from promptkd.stages.teach import pick_device
+        from promptkd.student import Student
+
+        student = Student.load(
+            self.student, backbone=self.backbone, device=pick_device(self.device)
+        )
+        found = student.evaluate(self.labelled, split=self.split)
+        _print(asdict(found) if self.json_ else found.table())
+
+
+Command = (
+    Annotated[Demo, tyro.conf.subcommand("demo")]
+    | Annotated[Teach, tyro.conf.subcommand("teach")]
+    | Annotated[Distill, tyro.conf.subcommand("distill")]
+    | Annotated[Predict, tyro.conf.subcommand("predict")]
+    | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+)
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line; 0 done, 1 failed, 2 wrong use, 130 interrupted."""
+    try:
+        command: Any = tyro.cli(
+            Command,
+            prog="promptkd",
+            description="Turn a large CLIP into a small, fast classifier for your own pictures, "
+            "without labels.",
+            args=args,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+    except ValueError as error:
+        print(f"promptkd: {error}", file=sys.stderr)
+        return 2
+    try:
+        command.run()
+    except PromptKDError as error:
+        print(f"promptkd: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("promptkd: interrupted; go on with --resume", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _progress(quiet: bool) -> Any:
+    from promptkd.stages.progress import Progress
+
+    return Progress(quiet=quiet)
+
+
+def _class_names(path: Path | None) -> tuple[str, ...] | None:
+    from promptkd.data.sources import read_class_names
+
+    return None if path is None else read_class_names(path)
+
+
+def _pictures(path: str, pictures_in: Any) -> list[str]:
+    return list(pictures_in(Path(path)).paths) if Path(path).is_dir() else [path]
+
+
+def _write_rows(path: Path, rows: Iterable[dict[str, Any]], top_k: int) -> int:
+    count = 0
+    with path.open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file)
+        if path.suffix == ".csv":
+            heads = [f"{what}{k}" for k in range(1, top_k + 1) for what in ("label", "probability")]
+            table.writerow(["path", *heads])
+        for row in rows:
+            count += 1
+            if path.suffix == ".jsonl":
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            else:
+                pairs = zip(row["labels"], row["probabilities"], strict=True)
+                table.writerow([row["path"], *(v for name, p in pairs for v in (name, f"{p:.6f}"))])
+    return count
+
+
+def _print(result: Any) -> None:
+    """A string or table for people, anything else as JSON."""
+    if isinstance(result, dict | list):
+        print(json.dumps(result, indent=1, ensure_ascii=False))
+    elif isinstance(result, str):
+        print(result)
+    else:
+        from rich.console import Console
+
+        Console().print(result)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
