@@ -12,6 +12,7 @@ pub mod png;
 mod python;
 pub mod raster;
 pub mod resize;
+pub mod simd;
 pub mod view;
 pub mod webp;
 

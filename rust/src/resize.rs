@@ -4,8 +4,9 @@
 //! rows' values of one channel lie side by side. The vertical pass then reads its taps in groups
 //! of four aligned rows, so that neither pass has to shuffle for the other.
 
-use crate::filter::{Axis, PRECISION, Taps};
+use crate::filter::{Axis, Taps};
 use crate::geometry::{Fit, Target, fit};
+use crate::simd::{self, Level, Packed};
 
 /// Bytes that must be readable behind the last pixel of a row that is pushed.
 pub const PAD: usize = 64;
@@ -54,6 +55,8 @@ impl Frame {
 struct Plane {
     horizontal: Taps,
     vertical: Taps,
+    across: Packed,
+    down: Packed,
     /// Groups of four rows, interleaved.
     rows: Vec<u8>,
     fit: Option<(Fit, Fit)>,
@@ -62,8 +65,9 @@ struct Plane {
 }
 
 /// Resizes one stream of rows into several outputs.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Resizer {
+    level: Level,
     planes: Vec<Plane>,
     region: Option<Rect>,
     pushed: usize,
@@ -76,7 +80,19 @@ pub struct Resize<'a> {
     outs: &'a mut [&'a mut [u8]],
 }
 
+impl Default for Resizer {
+    fn default() -> Resizer {
+        Resizer::new(Level::best())
+    }
+}
+
 impl Resizer {
+    /// With the instructions of `level`, which must be available.
+    pub fn new(level: Level) -> Resizer {
+        assert!(level.is_available());
+        Resizer { level, planes: Vec::new(), region: None, pushed: 0 }
+    }
+
     /// Works out the weights and tells which part of the grid is needed.
     pub fn plan(&mut self, targets: &[Target], frame: &Frame, flip: bool) -> Rect {
         if self.planes.len() < targets.len() {
@@ -99,6 +115,10 @@ impl Resizer {
             need = [need[0].min(x0), need[1].min(y0), need[2].max(x1), need[3].max(y1)];
         }
         let [x, y, right, bottom] = need;
+        for plane in &mut self.planes[..targets.len()] {
+            plane.across.fill(&plane.horizontal, x, false, self.level);
+            plane.down.fill(&plane.vertical, y, true, self.level);
+        }
         let region = Rect { x, y, width: right - x, height: bottom - y };
         self.region = Some(region);
         self.pushed = 0;
@@ -116,7 +136,7 @@ impl Resizer {
         for ((plane, target), out) in self.planes.iter_mut().zip(targets).zip(outs.iter_mut()) {
             let (fx, fy) = plane.fit.expect("plan comes before start");
             assert_eq!(out.len(), target.bytes(), "one output of the target's size");
-            plane.rows.resize(groups * row_bytes(fx.count), 0);
+            plane.rows.resize(groups * group_bytes(fx.count), 0);
             if fx.count < target.width || fy.count < target.height {
                 out.fill(target.fill);
             }
@@ -126,7 +146,7 @@ impl Resizer {
 }
 
 /// Bytes of a group of four interleaved rows.
-fn row_bytes(width: usize) -> usize {
+fn group_bytes(width: usize) -> usize {
     width * 3 * GROUP + PAD
 }
 
@@ -138,70 +158,38 @@ impl Sink for Resize<'_> {
         assert!(rows.len() >= (count - 1) * stride + region.width * 3 + PAD);
         let index = self.resizer.pushed / GROUP;
         self.resizer.pushed += count;
-        let ready = self.resizer.pushed;
+        // The last group may be short: its missing rows weigh nothing.
+        let rows = std::array::from_fn(|row| &rows[row.min(count - 1) * stride..]);
         let outs = self.outs.iter_mut();
         for ((plane, target), out) in self.resizer.planes.iter_mut().zip(self.targets).zip(outs) {
-            plane.take(rows, stride, count, region, index);
-            plane.emit(out, target, region, ready);
+            plane.take(rows, index);
+            plane.emit(out, target, index + 1);
         }
     }
 }
 
 impl Plane {
     /// The horizontal pass over a group of rows.
-    fn take(&mut self, rows: &[u8], stride: usize, count: usize, region: Rect, index: usize) {
-        let (fx, _) = self.fit.expect("planned");
-        let bytes = row_bytes(fx.count);
-        let out = &mut self.rows[index * bytes..][..bytes];
-        let taps = &self.horizontal;
-        for x in 0..fx.count {
-            let first = taps.starts[x] as usize - region.x;
-            let weights = &taps.weights[x * taps.stride..][..taps.lens[x] as usize];
-            for row in 0..count {
-                let pixels = rows[row * stride + first * 3..].chunks_exact(3);
-                let mut sums = [1i32 << (PRECISION - 1); 3];
-                for (w, p) in weights.iter().zip(pixels) {
-                    for c in 0..3 {
-                        sums[c] = sums[c].wrapping_add(w.wrapping_mul(i32::from(p[c])));
-                    }
-                }
-                for c in 0..3 {
-                    out[(x * 3 + c) * GROUP + row] = clip(sums[c]);
-                }
-            }
-        }
+    fn take(&mut self, rows: [&[u8]; GROUP], index: usize) {
+        let bytes = group_bytes(self.across.starts.len());
+        simd::horizontal(rows, &self.across, &mut self.rows[index * bytes..][..bytes]);
     }
 
     /// The vertical pass for every output row whose input is complete.
-    fn emit(&mut self, out: &mut [u8], target: &Target, region: Rect, ready: usize) {
+    fn emit(&mut self, out: &mut [u8], target: &Target, groups: usize) {
         let (fx, fy) = self.fit.expect("planned");
-        let bytes = row_bytes(fx.count);
-        let taps = &self.vertical;
+        let bytes = group_bytes(fx.count);
         while self.next < fy.count {
-            let first = taps.starts[self.next] as usize - region.y;
-            let len = taps.lens[self.next] as usize;
-            if first + len > ready.min(region.height) {
+            let (first, count) = (self.down.starts[self.next], self.down.counts[self.next]);
+            if (first + count) as usize > groups {
                 return;
             }
-            let weights = &taps.weights[self.next * taps.stride..][..len];
             let at = ((fy.pad + self.next) * target.width + fx.pad) * 3;
-            for (i, value) in out[at..][..fx.count * 3].iter_mut().enumerate() {
-                let mut sum = 1i32 << (PRECISION - 1);
-                for (j, w) in weights.iter().enumerate() {
-                    let row = first + j;
-                    let sample = self.rows[row / GROUP * bytes + i * GROUP + row % GROUP];
-                    sum = sum.wrapping_add(w.wrapping_mul(i32::from(sample)));
-                }
-                *value = clip(sum);
-            }
+            let out = &mut out[at..][..fx.count * 3];
+            simd::vertical(&self.rows, bytes, &self.down, self.next, out);
             self.next += 1;
         }
     }
-}
-
-#[inline(always)]
-fn clip(sum: i32) -> u8 {
-    (sum >> PRECISION).clamp(0, 255) as u8
 }
 
 /// Resizes a box of RGB pixels in memory, rows of `width` pixels, into one output per target.
@@ -212,9 +200,20 @@ pub fn resize_pixels(
     flip: bool,
     targets: &[Target],
 ) -> Vec<Vec<u8>> {
+    resize_pixels_with(Level::best(), pixels, width, rect, flip, targets)
+}
+
+fn resize_pixels_with(
+    level: Level,
+    pixels: &[u8],
+    width: usize,
+    rect: Rect,
+    flip: bool,
+    targets: &[Target],
+) -> Vec<Vec<u8>> {
     let mut outputs: Vec<Vec<u8>> = targets.iter().map(|t| vec![0; t.bytes()]).collect();
     let mut outs: Vec<&mut [u8]> = outputs.iter_mut().map(Vec::as_mut_slice).collect();
-    let mut resizer = Resizer::default();
+    let mut resizer = Resizer::new(level);
     let need = resizer.plan(targets, &Frame::whole(rect.width, rect.height), flip);
     let mut resize = resizer.start(targets, &mut outs);
     let stride = need.width * 3;
@@ -228,4 +227,53 @@ pub fn resize_pixels(
         resize.push(&band, stride, count);
     }
     outputs
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::filter::Filter;
+    use crate::geometry::ResizeMode;
+
+    /// A picture of noise, with the extremes that make sums overshoot.
+    fn noise(width: usize, height: usize) -> Vec<u8> {
+        let mut state = (width * 7919 + height) as u32;
+        let mut next = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            match state >> 30 {
+                0 => 0,
+                1 => 255,
+                _ => (state >> 16) as u8,
+            }
+        };
+        (0..width * height * 3).map(|_| next()).collect()
+    }
+
+    #[test]
+    fn every_level_equals_the_portable_code() {
+        let sizes = [1, 2, 3, 5, 17, 64, 250];
+        let levels: Vec<Level> = Level::ALL.into_iter().filter(|l| l.is_available()).collect();
+        for (i, &width) in sizes.iter().enumerate() {
+            for (j, &height) in sizes.iter().enumerate() {
+                let pixels = noise(width, height);
+                let rect = Rect { x: 0, y: 0, width, height };
+                let filter = if (i + j) % 2 == 0 { Filter::Bicubic } else { Filter::Bilinear };
+                for (tw, th) in [(1, 1), (7, 3), (32, 33), (81, 16), (224, 224)] {
+                    let mode = [ResizeMode::Squash, ResizeMode::Shortest, ResizeMode::Longest]
+                        [(tw + j) % 3];
+                    let target = Target { height: th, width: tw, mode, filter, fill: 3 };
+                    let make = |level| {
+                        resize_pixels_with(level, &pixels, width, rect, i % 2 == 0, &[target])
+                    };
+                    let expected = make(Level::Portable);
+                    for level in &levels {
+                        assert!(
+                            make(*level) == expected,
+                            "{level:?} {width}x{height} to {tw}x{th}"
+                        );
+                    }
+                }
+            }
+        }
+    }
 }

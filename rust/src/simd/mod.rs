@@ -1,0 +1,200 @@
+//! The two passes of the resize for each instruction set, chosen at run time.
+//!
+//! A weight has 23 bits and a sign, too many for one multiply-add instruction. It is split so
+//! that exact 32-bit sums come back together: AVX2 takes `hi * 2^15 + lo` as two 16-bit numbers,
+//! AVX-512 takes `a * 2^16 + b * 2^8 + c` as three signed bytes. All sums wrap at 32 bits, as
+//! their total never leaves them.
+
+#[cfg(target_arch = "x86_64")]
+mod avx2;
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+mod portable;
+
+use std::sync::OnceLock;
+
+use crate::filter::Taps;
+use crate::resize::{GROUP, PAD};
+
+/// An instruction set.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Level {
+    Portable,
+    Avx2,
+    Avx512,
+}
+
+impl Level {
+    pub const ALL: [Level; 3] = [Level::Portable, Level::Avx2, Level::Avx512];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Level::Portable => "portable",
+            Level::Avx2 => "avx2",
+            Level::Avx512 => "avx512",
+        }
+    }
+
+    /// Whether this processor has it.
+    pub fn is_available(self) -> bool {
+        match self {
+            Level::Portable => true,
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => is_x86_feature_detected!("avx2"),
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 => {
+                is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512vl")
+                    && is_x86_feature_detected!("avx512vnni")
+            }
+            #[cfg(not(target_arch = "x86_64"))]
+            _ => false,
+        }
+    }
+
+    /// The best of this processor, or the one that the variable PROMPTKD_SIMD names.
+    pub fn best() -> Level {
+        static BEST: OnceLock<Level> = OnceLock::new();
+        *BEST.get_or_init(|| {
+            let asked = std::env::var("PROMPTKD_SIMD").unwrap_or_default();
+            let mut levels = Level::ALL.into_iter().filter(|level| level.is_available());
+            match levels.clone().find(|level| level.name() == asked) {
+                Some(level) => level,
+                None => levels.next_back().unwrap_or(Level::Portable),
+            }
+        })
+    }
+}
+
+/// Weights as a level's instructions want them, in groups of four.
+#[derive(Debug, Default)]
+pub struct Packed {
+    /// Where each output's first group begins: a pixel, or a group of four rows.
+    pub starts: Vec<u32>,
+    /// Groups of each output.
+    pub counts: Vec<u32>,
+    /// Groups reserved for each output.
+    pub stride: usize,
+    /// The weights, `words_per_group` each.
+    pub words: Vec<u32>,
+    level: Option<Level>,
+}
+
+fn words_per_group(level: Level) -> usize {
+    match level {
+        Level::Portable => 4,
+        Level::Avx2 => 4,
+        Level::Avx512 => 3,
+    }
+}
+
+impl Packed {
+    /// Packs `taps`, whose starts count from `origin`. With `aligned`, groups begin at multiples
+    /// of four behind the origin, and starts count groups.
+    pub fn fill(&mut self, taps: &Taps, origin: usize, aligned: bool, level: Level) {
+        let words = words_per_group(level);
+        self.level = Some(level);
+        self.stride = taps.stride.div_ceil(GROUP) + usize::from(aligned);
+        self.starts.clear();
+        self.counts.clear();
+        self.words.clear();
+        self.words.resize(taps.starts.len() * self.stride * words, 0);
+        for (i, (&start, &len)) in taps.starts.iter().zip(&taps.lens).enumerate() {
+            let start = start as usize - origin;
+            let lead = if aligned { start % GROUP } else { 0 };
+            let count = (lead + len as usize).div_ceil(GROUP);
+            self.starts.push(if aligned { start / GROUP } else { start } as u32);
+            self.counts.push(count as u32);
+            let weights = &taps.weights[i * taps.stride..][..len as usize];
+            let out = &mut self.words[i * self.stride * words..][..count * words];
+            for (g, out) in out.chunks_exact_mut(words).enumerate() {
+                let weight = |j: usize| {
+                    (g * GROUP + j)
+                        .checked_sub(lead)
+                        .and_then(|at| weights.get(at))
+                        .map_or(0, |w| *w)
+                };
+                pack(std::array::from_fn(weight), level, out);
+            }
+        }
+    }
+
+    /// One past the last pixel or group that any output reads.
+    fn end(&self, per_group: usize) -> usize {
+        let ends = self.starts.iter().zip(&self.counts);
+        ends.map(|(s, c)| *s as usize + *c as usize * per_group).max().unwrap_or(0)
+    }
+}
+
+#[inline(always)]
+fn pack(weights: [i32; 4], level: Level, out: &mut [u32]) {
+    match level {
+        Level::Portable => {
+            for (o, w) in out.iter_mut().zip(weights) {
+                *o = w as u32;
+            }
+        }
+        Level::Avx2 => {
+            let low = |w: i32| (w & 0x7fff) as u32;
+            let high = |w: i32| ((w >> 15) as u32) & 0xffff;
+            let [a, b, c, d] = weights;
+            out.copy_from_slice(&[
+                low(a) | low(c) << 16,
+                low(b) | low(d) << 16,
+                high(a) | high(c) << 16,
+                high(b) | high(d) << 16,
+            ]);
+        }
+        Level::Avx512 => {
+            out.fill(0);
+            for (j, w) in weights.into_iter().enumerate() {
+                let c = w as i8;
+                let rest = (w - i32::from(c)) >> 8;
+                let b = rest as i8;
+                let a = (rest - i32::from(b)) >> 8;
+                debug_assert!(i8::try_from(a).is_ok(), "weights lie within -2 to 2");
+                for (o, digit) in out.iter_mut().zip([a as i8, b, c]) {
+                    *o |= u32::from(digit as u8) << (8 * j);
+                }
+            }
+        }
+    }
+}
+
+/// The horizontal pass over a group of rows: `rows` holds four rows, one each `stride` bytes,
+/// with `PAD` readable bytes behind the last. Output pixel x takes bytes 12x to 12x + 11 of
+/// `out`: the four rows' red, then green, then blue; `PAD` bytes behind the last may be
+/// overwritten.
+pub fn horizontal(rows: [&[u8]; GROUP], taps: &Packed, out: &mut [u8]) {
+    let needed = taps.end(GROUP) * 3 + 4;
+    assert!(rows.iter().all(|row| row.len() >= needed));
+    assert!(out.len() >= taps.starts.len() * 3 * GROUP + 4);
+    match taps.level.expect("packed") {
+        Level::Portable => portable::horizontal(rows, taps, out),
+        // SAFETY: the level was packed for, so it is available; lengths are checked above.
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx2 => unsafe { avx2::horizontal(rows, taps, out) },
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512 => unsafe { avx512::horizontal(rows, taps, out) },
+        #[cfg(not(target_arch = "x86_64"))]
+        _ => unreachable!("not available here"),
+    }
+}
+
+/// The vertical pass for output row `index`: `rows` holds groups of four interleaved rows, one
+/// each `stride` bytes.
+pub fn vertical(rows: &[u8], stride: usize, taps: &Packed, index: usize, out: &mut [u8]) {
+    let end = taps.starts[index] as usize + taps.counts[index] as usize;
+    assert!(out.len() * GROUP + PAD <= stride && end * stride <= rows.len());
+    match taps.level.expect("packed") {
+        Level::Portable => portable::vertical(rows, stride, taps, index, out),
+        // SAFETY: the level was packed for, so it is available; lengths are checked above.
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx2 => unsafe { avx2::vertical(rows, stride, taps, index, out) },
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512 => unsafe { avx512::vertical(rows, stride, taps, index, out) },
+        #[cfg(not(target_arch = "x86_64"))]
+        _ => unreachable!("not available here"),
+    }
+}
