@@ -4,7 +4,9 @@ The paper's equation (PromptKD, stage 2), with `z = scale · cos(features, class
 
     L = T² · Σ_b Σ_c p_t log(p_t / p_s),   p = softmax(z)
 
-`kd_loss_reference` says the same in plain torch and in any dtype.
+`kd_loss_reference` says the same in plain torch and in any dtype. `kd_loss` takes the fused path
+of `promptkd.kernels` where there is one (CPU and CUDA, float32 and half precision), which never
+writes the B x C logits; Triton is imported for a CUDA tensor only.
 """
 
 from __future__ import annotations
@@ -16,6 +18,11 @@ from typing import Literal, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+try:
+    from promptkd.kernels import op
+except ImportError:  # a checkout that turned the link to kernels/ into a text file
+    op = None  # type: ignore[assignment]
 
 __all__ = [
     "Reduction",
@@ -82,15 +89,43 @@ def kd_loss(
         ValueError: shapes, reduction, temperature or scales do not fit.
         TypeError: dtypes do not fit.
     """
-    return kd_loss_reference(
-        student_features,
-        teacher,
-        class_vectors,
-        student_scale=student_scale,
-        teacher_scale=teacher_scale,
-        temperature=temperature,
-        reduction=reduction,
+    if not _is_fused(class_vectors):
+        return kd_loss_reference(
+            student_features,
+            teacher,
+            class_vectors,
+            student_scale=student_scale,
+            teacher_scale=teacher_scale,
+            temperature=temperature,
+            reduction=reduction,
+        )
+    _check(student_features, teacher, class_vectors, teacher_scale, temperature, reduction)
+    _check_scales(student_scale, teacher_scale)
+    vectors = class_vectors.detach()
+    features, logits, mu, h = None, None, None, None
+    if isinstance(teacher, TeacherStatistics):
+        mu, h = teacher.mu.detach(), teacher.h.detach()
+    elif isinstance(teacher, TeacherLogits):
+        logits = teacher.logits.detach()
+    else:
+        features = teacher.detach().to(vectors.dtype)
+    needs = student_features.requires_grad or (
+        isinstance(student_scale, Tensor) and student_scale.requires_grad
     )
+    rows: Tensor = op.kd_rows(
+        student_features.to(vectors.dtype),
+        *_as_pair(student_scale),
+        vectors,
+        features,
+        *_as_pair(1.0 if teacher_scale is None else _detached(teacher_scale)),
+        logits,
+        mu,
+        h,
+        float(temperature),
+        reduction,
+        needs and torch.is_grad_enabled(),
+    )[0]
+    return rows if reduction == "none" else rows.sum()
 
 
 def kd_loss_reference(
@@ -108,6 +143,7 @@ def kd_loss_reference(
     Half-precision inputs are computed in float32, float64 inputs in float64.
     """
     _check(student_features, teacher, class_vectors, teacher_scale, temperature, reduction)
+    _check_scales(student_scale, teacher_scale)
     dtype = _compute_dtype(class_vectors)
     vectors = class_vectors.detach().to(dtype)
     student = F.normalize(student_features.to(dtype), dim=1, eps=EPSILON)
@@ -152,6 +188,12 @@ def teacher_statistics(
         ValueError, TypeError: as `kd_loss`.
     """
     _check(teacher_features, teacher_features, class_vectors, teacher_scale, temperature)
+    _check_scales(teacher_scale)
+    if _is_fused(class_vectors):
+        with torch.no_grad(), torch.autocast(class_vectors.device.type, enabled=False):
+            features = teacher_features.to(class_vectors.dtype)
+            pair = _as_pair(teacher_scale)
+            return TeacherStatistics(*op.statistics(features, pair, class_vectors, temperature))
     dtype = _compute_dtype(class_vectors)
     with torch.no_grad():
         vectors = class_vectors.to(dtype)
@@ -176,8 +218,13 @@ def top_k(
         ValueError, TypeError: as `kd_loss`, and where k is not from 1 to C.
     """
     _check(features, features, class_vectors, scale, 1.0)
+    _check_scales(scale)
     if not 1 <= k <= class_vectors.shape[0]:
         raise ValueError(f"k is {k}, but must be from 1 to the {class_vectors.shape[0]} classes")
+    if _is_fused(class_vectors):
+        with torch.no_grad(), torch.autocast(class_vectors.device.type, enabled=False):
+            features = features.to(class_vectors.dtype)
+            return op.top_k(features, _as_pair(scale), class_vectors, k)
     dtype = _compute_dtype(class_vectors)
     with torch.no_grad():
         normed = F.normalize(features.to(dtype), dim=1, eps=EPSILON)
@@ -191,6 +238,19 @@ def _reduce(rows: Tensor, num_classes: int, reduction: Reduction) -> Tensor:
         return rows
     divisor = rows.shape[0] * (num_classes if reduction == "paper" else 1)
     return rows.sum() / divisor
+
+
+def _is_fused(class_vectors: Tensor) -> bool:
+    """Whether the kernels take these; float64 is for checking, so it stays with the reference."""
+    return (
+        op is not None
+        and class_vectors.device.type in ("cpu", "cuda")
+        and class_vectors.dtype in (torch.float32, torch.float16, torch.bfloat16)
+    )
+
+
+def _as_pair(scale: Scale) -> tuple[Tensor | None, float]:
+    return (scale, 1.0) if isinstance(scale, Tensor) else (None, float(scale))
 
 
 def _detached(scale: Scale) -> Scale:
@@ -250,3 +310,9 @@ def _check(
         raise ValueError("teacher features need teacher_scale")
     if not isinstance(teacher, Tensor) and teacher_scale is not None:
         raise ValueError("teacher_scale goes with teacher features only; leave it out")
+
+
+def _check_scales(*scales: Scale | None) -> None:
+    for scale in scales:
+        if isinstance(scale, Tensor) and scale.ndim != 0:
+            raise ValueError(f"a scale has shape {tuple(scale.shape)}, not a number or 0-dim")
