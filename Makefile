@@ -1,0 +1,123 @@
+# `make demo` and `make test` set up everything they need; a second call does only what changed.
+# Another interpreter: make PYTHON=python3.13. Another environment: make VENV=/path/to/venv.
+
+PYTHON ?= $(firstword $(foreach name,python3 python3.14 python3.13 python3.12 python3.11,\
+  $(shell $(name) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $(name))) python3)
+VENV ?= .venv
+# Arguments of `promptkd demo`, for example DEMO="--seeds 3 --output runs/demo".
+DEMO ?=
+# Seconds that each fuzz target runs in `make test-long`.
+FUZZ_SECONDS ?= 30
+
+BIN := $(abspath $(VENV))/bin
+STAMPS := $(abspath $(VENV))/.stamps
+MANIFEST := --manifest-path rust/Cargo.toml
+RUST_SOURCES := rust/Cargo.toml rust/Cargo.lock rust/build.rs $(shell find rust/src rust/shim -type f)
+
+# The test programs of cargo link with the interpreter's own library.
+CARGO_ENV = PYO3_PYTHON=$(BIN)/python LD_LIBRARY_PATH="$$($(BIN)/python -c \
+  'import sysconfig; print(sysconfig.get_config_var("LIBDIR"))'):$$LD_LIBRARY_PATH"
+# maturin refuses to choose between two active environments.
+MATURIN = env -u CONDA_PREFIX VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/maturin
+
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+.DELETE_ON_ERROR:
+.DEFAULT_GOAL := help
+
+# List the targets.
+.PHONY: help
+help:
+	@awk '/^# /{text=substr($$0, 3)} /^\.PHONY: /{printf "  make %-10s %s\n", $$2, text}' $(MAKEFILE_LIST)
+
+# Teach and distil on the pictures that come with the package; print and draw the table.
+.PHONY: demo
+demo: setup
+	$(BIN)/promptkd demo $(DEMO)
+
+# Run the quick tests: Python and Rust.
+.PHONY: test
+test: setup
+	$(BIN)/pytest -m "not long"
+	$(CARGO_ENV) cargo test $(MANIFEST) --locked
+
+# Run the slow proofs: packaging, kill tests, seeds, fuzzing.
+.PHONY: test-long
+test-long: setup
+	$(BIN)/pytest -m long --durations=10
+	$(MAKE) fuzz
+
+# Run every fuzz target for FUZZ_SECONDS; a crash leaves its input in rust/fuzz/artifacts.
+.PHONY: fuzz
+fuzz: setup $(STAMPS)/cargo-fuzz
+	for target in rust/fuzz/fuzz_targets/*.rs; do \
+	  RUSTC_BOOTSTRAP=1 $(BIN)/cargo-fuzz run --fuzz-dir rust/fuzz "$$(basename "$$target" .rs)" \
+	    -- -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1 || exit 1; \
+	done
+
+# Run every linter and type checker; change nothing.
+.PHONY: lint
+lint: setup
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/stubtest promptkd._rust
+	cargo fmt $(MANIFEST) --check
+	$(CARGO_ENV) cargo clippy $(MANIFEST) --locked --all-targets -- -D warnings
+
+# Bring the sources into the form that `make lint` asks for.
+.PHONY: format
+format: setup
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	cargo fmt $(MANIFEST)
+
+# Run the benchmarks; each prints a table and writes benches/results/<bench>.json.
+.PHONY: bench
+bench: setup
+	$(BIN)/pytest benches -o python_files='bench_*.py' -o addopts='-ra --strict-markers' --benchmark-only
+
+# Build the release wheel (Linux: glibc 2.28 and newer, through zig) and the sdist into dist/.
+.PHONY: wheel
+wheel: setup $(STAMPS)/zig
+	rm -rf dist
+	$(MATURIN) sdist --out dist
+ifeq ($(shell uname -s),Linux)
+	CARGO_TARGET_DIR=rust/target/wheel $(MATURIN) build --release --locked --zig \
+	  --compatibility manylinux_2_28 --out dist
+else
+	CARGO_TARGET_DIR=rust/target/wheel $(MATURIN) build --release --locked --out dist
+endif
+
+# Make the environment: system packages, .venv, dependencies, the compiled extension.
+.PHONY: setup
+setup: $(STAMPS)/extension
+
+# Remove the environment and everything built.
+.PHONY: clean
+clean:
+	rm -rf $(VENV) dist rust/target python/promptkd/_rust*.so
+
+$(STAMPS)/venv: scripts/system_packages.sh
+	sh scripts/system_packages.sh $(PYTHON)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade 'pip>=25.1'
+	mkdir -p $(STAMPS) && touch $@
+
+# torch and its CUDA libraries take a minute or two.
+$(STAMPS)/dependencies: $(STAMPS)/venv pyproject.toml
+	$(BIN)/python -m pip install --progress-bar off --group dev
+	touch $@
+
+# Editable: Python sources are used where they lie, so only Rust and pyproject.toml count.
+$(STAMPS)/extension: $(STAMPS)/dependencies $(RUST_SOURCES)
+	$(MATURIN) develop --release --locked --extras plots,tensorboard,datasets
+	touch $@
+
+$(STAMPS)/zig: $(STAMPS)/dependencies
+	$(BIN)/python -m pip install --quiet ziglang
+	touch $@
+
+# Needs nightly options of rustc: RUSTC_BOOTSTRAP lets a stable toolchain have them.
+$(STAMPS)/cargo-fuzz: $(STAMPS)/venv
+	cargo install --quiet --locked --root $(abspath $(VENV)) cargo-fuzz
+	touch $@
