@@ -20,8 +20,13 @@ def _count_gpus() -> int:
 if _count_gpus() == 0:
     os.environ["TRITON_INTERPRET"] = "1"
 
+from pathlib import Path  # noqa: E402
+
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from tiny import Models, make_models, make_photos  # noqa: E402
+
+torch.set_num_threads(1)  # the models are tiny: threads would only wait for each other
 
 
 @pytest.fixture(scope="session")
@@ -37,4 +42,17 @@ def generator() -> torch.Generator:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--golden-dir", help="compare both stages with this golden set")
     parser.addoption("--protocol-golden-dir", help="compare with this golden set alone")
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    """A tiny teacher (64 px) and student (48 px) with random weights, in open_clip's layout."""
+    return make_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """36 pictures in three class folders."""
+    return make_photos(tmp_path_factory.mktemp("photos") / "photos")

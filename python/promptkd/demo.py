@@ -164,7 +164,8 @@ def _draw(result: DemoResult, path: Path, progress: Progress) -> None:
     from PIL import Image
 
     figure = plt.figure(figsize=(11, 8.4), layout="constrained")
-    top, bottom = figure.subfigures(2, 1, height_ratios=[1.15, 1]).tolist()
+    halves: Any = figure.subfigures(2, 1, height_ratios=[1.15, 1])
+    top, bottom = halves
     axes = top.subplots()
     for place, (row, colour) in enumerate(
         zip(ROWS, ("#b8c4d6", "#7d93b8", "#3f5f95", "#d9742b"), strict=True)

@@ -13,7 +13,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from conftest import GoldenSet
+from golden_set import GoldenSet
 from promptkd.clip import PRECISIONS, Clip, load_clip
 from promptkd.prompts import DeepPrompts, PromptedNames, plain_name
 from promptkd.stages.distill import Batch, DistillConfig, DistillStep, new_student

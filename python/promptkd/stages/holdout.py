@@ -120,7 +120,8 @@ def whole_batches(
         return pixels, [rows[k] for k in kept]
 
     for pixels, kept in prefetch(load, [(rows,) for rows in chunks(len(images))]):
-        yield preprocess.normalize(pixels.to(device), dtype), kept
+        if kept:
+            yield preprocess.normalize(pixels.to(device), dtype), kept
 
 
 @torch.no_grad()
