@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import functools
 import hashlib
 import json
 import logging
@@ -26,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from promptkd.errors import CheckpointError, ModelError
-from promptkd.frozen import freeze
+from promptkd.frozen import freeze, run_block
 
 PRECISIONS = {
     "fp64": torch.float64,
@@ -113,15 +112,12 @@ class VisionTower(nn.Module):
         _check_vision(visual)
         trunk: Any = freeze(visual, dtype)
         self.trunk = trunk
-        self.width = int(trunk.conv1.out_channels)
+        self.width = int(trunk.class_embedding.shape[0])
         self.num_layers = len(trunk.transformer.resblocks)
         self.output_dim = int(trunk.output_dim)
         self.dtype = dtype
-        self._prompts: Sequence[Tensor] | None = None
-        trunk.ln_pre.register_forward_pre_hook(self._append_prompts)
-        for index, block in enumerate(trunk.transformer.resblocks):
-            block.register_forward_pre_hook(functools.partial(self._replace_prompts, index))
-        trunk.transformer.register_forward_hook(self._drop_prompts)
+        # Only the class token is read, so that the last block need not compute the others.
+        self._reads_class_token = trunk.pool_type == "tok" and trunk.attn_pool is None
 
     def cast(self, dtype: torch.dtype) -> VisionTower:
         """Store the frozen weights in another precision, in place."""
@@ -136,41 +132,44 @@ class VisionTower(nn.Module):
             images: normalised pixels; cast to the tower's precision.
             prompts: one (P, width) tensor a prompted layer, layers 0..d-1.
         """
-        if prompts is not None and len(prompts) > self.num_layers:
+        prompts = prompts or ()
+        if len(prompts) > self.num_layers:
             raise ModelError(
                 f"{len(prompts)} layers of vision prompts for a tower of {self.num_layers} layers; "
                 f"lower prompt_depth to {self.num_layers} or less"
             )
-        self._prompts = prompts if prompts else None
-        try:
-            features: Tensor = self.trunk(images.to(self.dtype))
-        finally:
-            self._prompts = None
-        return features
+        x = self._embed(images.to(self.dtype))
+        length = x.shape[1]
+        for layer, block in enumerate(self.trunk.transformer.resblocks):
+            extra = None
+            if layer < len(prompts):
+                extra = prompts[layer].to(self.dtype)
+                extra = self.trunk.ln_pre(extra) if layer == 0 else extra
+            last = layer == self.num_layers - 1
+            if extra is not None and layer == len(prompts) - 1 and not last:
+                # Nothing replaces the last prompts: they live on as tokens.
+                x, extra = torch.cat([x, extra.expand(len(x), -1, -1)], dim=1), None
+            pick = _class_token if last and self._reads_class_token else None
+            x = run_block(block, x, extra=extra, pick=pick)
+        return self._pool(x[:, :length])
 
-    def _prompt(self, layer: int, like: Tensor) -> Tensor:
-        assert self._prompts is not None
-        return self._prompts[layer].to(like.dtype).expand(like.shape[0], -1, -1)
+    def _embed(self, images: Tensor) -> Tensor:
+        """Class token and patches with their positions (B, L, width), normalised."""
+        trunk = self.trunk
+        patches = trunk.conv1(images)
+        first = trunk.class_embedding.expand(len(patches), 1, -1)
+        x = torch.cat([first, patches], dim=1) + trunk.positional_embedding
+        embedded: Tensor = trunk.ln_pre(x)
+        return embedded
 
-    def _append_prompts(self, _: nn.Module, args: tuple[Tensor]) -> tuple[Tensor] | None:
-        if self._prompts is None:
-            return None
-        return (torch.cat([args[0], self._prompt(0, args[0])], dim=1),)
+    def _pool(self, x: Tensor) -> Tensor:
+        """Pooling must not see the prompts, which stand last."""
+        features: Tensor = self.trunk._pool(x)[0]
+        return features if self.trunk.proj is None else features @ self.trunk.proj
 
-    def _replace_prompts(
-        self, layer: int, _: nn.Module, args: tuple[Tensor, ...]
-    ) -> tuple[Tensor, ...] | None:
-        if self._prompts is None or not 0 < layer < len(self._prompts):
-            return None
-        keep = args[0].shape[1] - self._prompts[layer].shape[0]
-        x = torch.cat([args[0][:, :keep], self._prompt(layer, args[0])], dim=1)
-        return (x, *args[1:])
 
-    def _drop_prompts(self, _: nn.Module, __: Any, output: Tensor) -> Tensor | None:
-        """Pooling must not see the prompts; they stand last."""
-        if self._prompts is None:
-            return None
-        return output[:, : output.shape[1] - self._prompts[-1].shape[0]]
+def _class_token(x: Tensor) -> Tensor:
+    return x[:, :1]
 
 
 class TextTower(nn.Module):
@@ -184,7 +183,8 @@ class TextTower(nn.Module):
         text: Any = getattr(model, "text", model)
         _check_text(text)
         self.dtype = dtype
-        self.transformer: Any = freeze(text.transformer, dtype)
+        transformer: Any = freeze(text.transformer, dtype)
+        self.transformer = transformer
         self.token_embedding = freeze(text.token_embedding, dtype)
         self.ln_final = freeze(text.ln_final, dtype)
         self.register_buffer("positional_embedding", text.positional_embedding.detach().to(dtype))
@@ -194,7 +194,7 @@ class TextTower(nn.Module):
         self.register_buffer("projection", projection.detach().to(dtype).clone())
         self.width = int(self.positional_embedding.shape[1])
         self.context_length = int(text.context_length)
-        self.num_layers = len(text.transformer.resblocks)
+        self.num_layers = len(transformer.resblocks)
         self.output_dim = int(self.projection.shape[1])
 
     def forward(self, tokens: Tensor, prompts: Sequence[Tensor] | None = None) -> Tensor:
@@ -207,6 +207,7 @@ class TextTower(nn.Module):
                 of tokens 1..P, later ones what the block before made of them.
         """
         length = tokens.shape[1]
+        rows, ends = torch.arange(len(tokens), device=tokens.device), tokens.argmax(dim=-1)
         x = self.token_embedding(tokens)
         if prompts:
             x = _put_context(x, prompts[0])
@@ -215,9 +216,12 @@ class TextTower(nn.Module):
         for layer, block in enumerate(self.transformer.resblocks):
             if prompts and 0 < layer < len(prompts):
                 x = _put_context(x, prompts[layer])
-            x = block(x, attn_mask=mask)
-        ends = x[torch.arange(len(x), device=x.device), tokens.argmax(dim=-1)]
-        features: Tensor = self.ln_final(ends) @ self.projection
+            if layer < self.num_layers - 1:
+                x = run_block(block, x, mask=mask)
+            else:  # read at the end tokens only
+                end_mask = mask[ends][:, None, None]
+                x = run_block(block, x, pick=lambda t: t[rows, ends][:, None], mask=end_mask)
+        features: Tensor = self.ln_final(x[:, 0]) @ self.projection
         return features
 
 
