@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 __all__ = [
     "Target",
+    "configure",
     "decode",
     "decode_views",
     "image_key",
@@ -192,6 +193,21 @@ def resize(
 
     Raises:
         ValueError: `pixels` is not (H, W, 3), or the box does not lie in it.
+    """
+
+def configure(
+    *,
+    jpeg: Literal["auto", "libjpeg"] = "auto",
+    simd: Literal["auto", "portable", "avx2", "avx512"] = "auto",
+) -> None:
+    """Choose the code that decodes, for tests and benchmarks: the pixels are the same.
+
+    Args:
+        jpeg: "libjpeg" leaves every JPEG file to libjpeg-turbo.
+        simd: the instructions of the resize.
+
+    Raises:
+        ValueError: this processor has not these instructions.
     """
 
 def version() -> str:

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use crate::error::{Error, Result};
 use crate::geometry::{Target, fit};
 use crate::orient::Collector;
-use crate::picture::Picture;
+use crate::picture::{Buffers, Picture};
 use crate::resize::{Frame, Rect, Resizer};
 use crate::view::{ViewRange, random_view};
 
@@ -56,7 +56,7 @@ pub struct Options<'a> {
 #[derive(Debug, Default)]
 pub struct Scratch {
     file: Vec<u8>,
-    band: Vec<u8>,
+    buffers: Buffers,
     resizer: Resizer,
 }
 
@@ -84,15 +84,15 @@ pub fn decode(
     scratch: &mut Scratch,
     outs: &mut [&mut [u8]],
 ) -> Result<()> {
-    let Scratch { band, resizer, .. } = scratch;
-    decode_with(data, options, crop, band, resizer, outs)
+    let Scratch { buffers, resizer, .. } = scratch;
+    decode_with(data, options, crop, buffers, resizer, outs)
 }
 
 fn decode_with(
     data: &[u8],
     options: &Options,
     crop: &Crop,
-    band: &mut Vec<u8>,
+    buffers: &mut Buffers,
     resizer: &mut Resizer,
     outs: &mut [&mut [u8]],
 ) -> Result<()> {
@@ -113,10 +113,10 @@ fn decode_with(
     let mut outs: Vec<&mut [u8]> = outs.iter_mut().map(|out| &mut **out).collect();
     let mut resize = resizer.start(options.targets, &mut outs);
     if orientation.is_upright() {
-        return picture.decode(region, denominator, band, &mut resize);
+        return picture.decode(region, denominator, buffers, &mut resize);
     }
     let mut collector = Collector::new(region);
-    picture.decode(region, denominator, band, &mut collector)?;
+    picture.decode(region, denominator, buffers, &mut collector)?;
     collector.replay(orientation, &mut resize);
     Ok(())
 }

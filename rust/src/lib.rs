@@ -1,5 +1,6 @@
 //! `promptkd._rust`: image decoding for promptkd. Only the module is put together here.
 
+pub mod baseline;
 pub mod decode;
 pub mod error;
 pub mod filter;

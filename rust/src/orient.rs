@@ -93,6 +93,10 @@ impl Sink for Collector {
             self.pixels.extend_from_slice(&rows[row * stride..][..self.width * 3]);
         }
     }
+
+    fn restart(&mut self) {
+        self.pixels.clear();
+    }
 }
 
 #[cfg(test)]
@@ -106,6 +110,10 @@ mod tests {
             for row in 0..count {
                 self.0.push(rows[row * stride..][..stride].to_vec());
             }
+        }
+
+        fn restart(&mut self) {
+            self.0.clear();
         }
     }
 

@@ -1,5 +1,8 @@
 //! One picture of any format: its size, its orientation, and the pixels of a region.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::baseline;
 use crate::error::{Error, Result};
 use crate::jpeg::Jpeg;
 use crate::markers::Markers;
@@ -12,6 +15,26 @@ enum Format<'a> {
     Jpeg(Markers<'a>),
     Png(Box<Png<'a>>),
     WebP(Box<WebP<'a>>),
+}
+
+/// Buffers kept between pictures.
+#[derive(Debug, Default)]
+pub struct Buffers {
+    band: Vec<u8>,
+    baseline: baseline::Scratch,
+}
+
+/// Set where libjpeg is to decode every JPEG file.
+static LIBJPEG_ONLY: AtomicBool = AtomicBool::new(false);
+
+/// Chooses whether libjpeg decodes every JPEG file: for tests and benchmarks, the pixels are the
+/// same.
+pub fn set_libjpeg_only(only: bool) {
+    LIBJPEG_ONLY.store(only, Ordering::Relaxed);
+}
+
+fn own_decoder() -> bool {
+    !LIBJPEG_ONLY.load(Ordering::Relaxed) && baseline::is_available()
 }
 
 /// A file whose header has been read.
@@ -73,24 +96,30 @@ impl<'a> Picture<'a> {
         self,
         region: Rect,
         denominator: usize,
-        band: &mut Vec<u8>,
+        buffers: &mut Buffers,
         sink: &mut dyn Sink,
     ) -> Result<()> {
         match self.format {
             Format::Jpeg(markers) => {
                 markers.check_length()?;
+                if denominator == 1 && own_decoder() {
+                    if baseline::decode(&markers, region, &mut buffers.baseline, sink).is_some() {
+                        return Ok(());
+                    }
+                    sink.restart();
+                }
                 let mut jpeg = Jpeg::open(markers)?;
                 if jpeg.size() != self.stored {
                     return Err(Error::Corrupt("it has several frame headers".into()));
                 }
-                jpeg.decode(region, denominator, band, sink)
+                jpeg.decode(region, denominator, &mut buffers.band, sink)
             }
             Format::Png(png) => {
-                png.raster()?.decode(region, band, sink);
+                png.raster()?.decode(region, &mut buffers.band, sink);
                 Ok(())
             }
             Format::WebP(webp) => {
-                webp.raster()?.decode(region, band, sink);
+                webp.raster()?.decode(region, &mut buffers.band, sink);
                 Ok(())
             }
         }

@@ -16,7 +16,9 @@ use crate::decode::{Crop, Options, Source, decode_batch, place};
 use crate::error::Error;
 use crate::filter::Filter;
 use crate::geometry::{ResizeMode, Target};
+use crate::picture::set_libjpeg_only;
 use crate::resize::resize_pixels;
+use crate::simd::Level;
 use crate::view::{self, ViewRange};
 
 type Failures = Vec<(usize, &'static str, String)>;
@@ -379,6 +381,26 @@ fn version() -> &'static str {
     env!("CARGO_PKG_VERSION")
 }
 
+/// Chooses the code that decodes: for tests and benchmarks, the pixels are the same.
+#[pyfunction]
+#[pyo3(signature = (*, jpeg = "auto", simd = "auto"))]
+fn configure(jpeg: &str, simd: &str) -> PyResult<()> {
+    let libjpeg_only = match jpeg {
+        "auto" => false,
+        "libjpeg" => true,
+        _ => return Err(unknown("jpeg", jpeg, "auto or libjpeg")),
+    };
+    let level = Level::ALL.into_iter().find(|level| level.name() == simd);
+    if level.is_none() && simd != "auto" {
+        return Err(unknown("simd", simd, "auto, portable, avx2 or avx512"));
+    }
+    if !Level::choose(level) {
+        return Err(PyValueError::new_err(format!("this processor has no {simd}")));
+    }
+    set_libjpeg_only(libjpeg_only);
+    Ok(())
+}
+
 /// Adds every name to the module.
 pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<PyTarget>()?;
@@ -388,5 +410,6 @@ pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_function(wrap_pyfunction!(random_views, module)?)?;
     module.add_function(wrap_pyfunction!(image_key, module)?)?;
     module.add_function(wrap_pyfunction!(resize, module)?)?;
+    module.add_function(wrap_pyfunction!(configure, module)?)?;
     module.add_function(wrap_pyfunction!(version, module)?)
 }

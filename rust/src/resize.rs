@@ -19,6 +19,9 @@ pub trait Sink {
     /// Takes `count` rows, one each `stride` bytes, with `PAD` readable bytes behind the last.
     /// `count` is 4, or less for the last rows of the picture.
     fn push(&mut self, rows: &[u8], stride: usize, count: usize);
+
+    /// Forgets all rows: they come again from the top.
+    fn restart(&mut self);
 }
 
 /// A rectangle in pixels.
@@ -65,9 +68,10 @@ struct Plane {
 }
 
 /// Resizes one stream of rows into several outputs.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Resizer {
-    level: Level,
+    /// The instructions to use instead of the current ones.
+    level: Option<Level>,
     planes: Vec<Plane>,
     region: Option<Rect>,
     pushed: usize,
@@ -80,17 +84,11 @@ pub struct Resize<'a> {
     outs: &'a mut [&'a mut [u8]],
 }
 
-impl Default for Resizer {
-    fn default() -> Resizer {
-        Resizer::new(Level::best())
-    }
-}
-
 impl Resizer {
     /// With the instructions of `level`, which must be available.
-    pub fn new(level: Level) -> Resizer {
+    pub fn with_level(level: Level) -> Resizer {
         assert!(level.is_available());
-        Resizer { level, planes: Vec::new(), region: None, pushed: 0 }
+        Resizer { level: Some(level), ..Resizer::default() }
     }
 
     /// Works out the weights and tells which part of the grid is needed.
@@ -115,9 +113,10 @@ impl Resizer {
             need = [need[0].min(x0), need[1].min(y0), need[2].max(x1), need[3].max(y1)];
         }
         let [x, y, right, bottom] = need;
+        let level = self.level.unwrap_or_else(Level::current);
         for plane in &mut self.planes[..targets.len()] {
-            plane.across.fill(&plane.horizontal, x, false, self.level);
-            plane.down.fill(&plane.vertical, y, true, self.level);
+            plane.across.fill(&plane.horizontal, x, false, level);
+            plane.down.fill(&plane.vertical, y, true, level);
         }
         let region = Rect { x, y, width: right - x, height: bottom - y };
         self.region = Some(region);
@@ -166,6 +165,13 @@ impl Sink for Resize<'_> {
             plane.emit(out, target, index + 1);
         }
     }
+
+    fn restart(&mut self) {
+        self.resizer.pushed = 0;
+        for plane in &mut self.resizer.planes {
+            plane.next = 0;
+        }
+    }
 }
 
 impl Plane {
@@ -200,11 +206,11 @@ pub fn resize_pixels(
     flip: bool,
     targets: &[Target],
 ) -> Vec<Vec<u8>> {
-    resize_pixels_with(Level::best(), pixels, width, rect, flip, targets)
+    resize_pixels_with(Resizer::default(), pixels, width, rect, flip, targets)
 }
 
 fn resize_pixels_with(
-    level: Level,
+    mut resizer: Resizer,
     pixels: &[u8],
     width: usize,
     rect: Rect,
@@ -213,7 +219,6 @@ fn resize_pixels_with(
 ) -> Vec<Vec<u8>> {
     let mut outputs: Vec<Vec<u8>> = targets.iter().map(|t| vec![0; t.bytes()]).collect();
     let mut outs: Vec<&mut [u8]> = outputs.iter_mut().map(Vec::as_mut_slice).collect();
-    let mut resizer = Resizer::new(level);
     let need = resizer.plan(targets, &Frame::whole(rect.width, rect.height), flip);
     let mut resize = resizer.start(targets, &mut outs);
     let stride = need.width * 3;
@@ -263,7 +268,14 @@ mod tests {
                         [(tw + j) % 3];
                     let target = Target { height: th, width: tw, mode, filter, fill: 3 };
                     let make = |level| {
-                        resize_pixels_with(level, &pixels, width, rect, i % 2 == 0, &[target])
+                        resize_pixels_with(
+                            Resizer::with_level(level),
+                            &pixels,
+                            width,
+                            rect,
+                            i % 2 == 0,
+                            &[target],
+                        )
                     };
                     let expected = make(Level::Portable);
                     for level in &levels {

@@ -12,6 +12,7 @@ mod avx512;
 mod portable;
 
 use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU8, Ordering};
 
 use crate::filter::Taps;
 use crate::resize::{GROUP, PAD};
@@ -53,19 +54,32 @@ impl Level {
         }
     }
 
-    /// The best of this processor, or the one that the variable PROMPTKD_SIMD names.
-    pub fn best() -> Level {
+    /// The best of this processor, or the one that was chosen.
+    pub fn current() -> Level {
+        let chosen = CHOSEN.load(Ordering::Relaxed);
+        if let Some(level) = Level::ALL.get(usize::from(chosen)) {
+            return *level;
+        }
         static BEST: OnceLock<Level> = OnceLock::new();
         *BEST.get_or_init(|| {
-            let asked = std::env::var("PROMPTKD_SIMD").unwrap_or_default();
             let mut levels = Level::ALL.into_iter().filter(|level| level.is_available());
-            match levels.clone().find(|level| level.name() == asked) {
-                Some(level) => level,
-                None => levels.next_back().unwrap_or(Level::Portable),
-            }
+            levels.next_back().unwrap_or(Level::Portable)
         })
     }
+
+    /// Chooses the level, or the best with `None`: for tests and benchmarks, the pixels are the
+    /// same. `false` if this processor does not have it.
+    pub fn choose(level: Option<Level>) -> bool {
+        if !level.is_none_or(Level::is_available) {
+            return false;
+        }
+        CHOSEN.store(level.map_or(BEST, |level| level as u8), Ordering::Relaxed);
+        true
+    }
 }
+
+const BEST: u8 = u8::MAX;
+static CHOSEN: AtomicU8 = AtomicU8::new(BEST);
 
 /// Weights as a level's instructions want them, in groups of four.
 #[derive(Debug, Default)]

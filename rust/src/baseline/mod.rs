@@ -1,0 +1,265 @@
+//! A decoder of plain baseline JPEG files, for the wanted blocks only.
+//!
+//! Entropy decoding is our own; the transform, the upsampling and the colour conversion are
+//! libjpeg-turbo's kernels, so the pixels are libjpeg's. Whatever is not plain and sound is left
+//! to libjpeg, which alone decides about errors: every doubt here is a `None`.
+
+mod entropy;
+mod header;
+mod huffman;
+mod kernels;
+mod output;
+
+use std::ops::Range;
+
+use crate::markers::Markers;
+use crate::resize::{Rect, Sink};
+use entropy::{Bits, Clean};
+use header::{Aligned, Header, Sampling};
+use huffman::Table;
+use kernels::Plane;
+use output::Output;
+
+/// Buffers kept between pictures.
+#[derive(Debug, Default)]
+pub struct Scratch {
+    clean: Clean,
+    /// The Huffman tables of each component.
+    dc: Vec<Table>,
+    ac: Vec<Table>,
+    planes: Vec<Plane>,
+    output: Output,
+}
+
+/// Whether this processor has what the decoder needs.
+pub fn is_available() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return is_x86_feature_detected!("avx2") && is_x86_feature_detected!("bmi2");
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
+/// Which minimum coded units a region needs, and which of their blocks.
+#[derive(Debug, Clone)]
+struct Wanted {
+    columns: Range<usize>,
+    rows: Range<usize>,
+    /// Pixel rows whose luma is needed.
+    luma: Range<usize>,
+    /// Minimum coded units in a row of the picture.
+    across: usize,
+}
+
+impl Wanted {
+    fn new(header: &Header, region: Rect) -> Wanted {
+        let (h, v) = header.sampling.luma();
+        let across = header.width.div_ceil(8 * h);
+        let down = header.height.div_ceil(8 * v);
+        // Interpolated chroma needs its neighbours.
+        let (mx, my) = (usize::from(h == 2), usize::from(v == 2));
+        let columns = region.x.saturating_sub(mx) / (8 * h)
+            ..(region.x + region.width + mx).div_ceil(8 * h).min(across);
+        let rows = region.y.saturating_sub(my) / (8 * v)
+            ..(region.y + region.height + my).div_ceil(8 * v).min(down);
+        let luma = region.y..region.y + region.height;
+        // The kernels treat fewer than three columns of chroma in another way.
+        let columns = columns.start.saturating_sub(usize::from(columns.end == across))..columns.end;
+        Wanted { columns, rows, luma, across }
+    }
+}
+
+/// Decodes `region` and pushes its rows. `None` where libjpeg has to do it; rows may have been
+/// pushed by then.
+pub fn decode(
+    markers: &Markers,
+    region: Rect,
+    scratch: &mut Scratch,
+    sink: &mut dyn Sink,
+) -> Option<()> {
+    let header = Header::read(markers)?;
+    scratch.clean.fill(&markers.data[header.data..])?;
+    let count = header.components.len();
+    if scratch.dc.len() < count {
+        scratch.dc.resize_with(count, Table::new);
+        scratch.ac.resize_with(count, Table::new);
+        scratch.planes.resize_with(count, Plane::default);
+    }
+    for (i, component) in header.components.iter().enumerate() {
+        scratch.dc[i].fill(&component.dc, true)?;
+        scratch.ac[i].fill(&component.ac, false)?;
+    }
+    let wanted = Wanted::new(&header, region);
+    let down = header.height.div_ceil(8 * header.sampling.luma().1);
+    let units = wanted.across * down;
+    let stretches = if header.restart == 0 { 1 } else { units.div_ceil(header.restart) };
+    if scratch.clean.stretches.len() != stretches {
+        return None;
+    }
+    scratch.output.start(&header, &wanted.columns, region, &mut scratch.planes);
+    // SAFETY: the caller has checked `is_available`.
+    #[cfg(target_arch = "x86_64")]
+    return unsafe { scan(&header, &wanted, scratch, sink) };
+    #[cfg(not(target_arch = "x86_64"))]
+    None
+}
+
+/// Where the decoder stands in the scan.
+struct Cursor<'a> {
+    bits: Bits<'a>,
+    clean: &'a Clean,
+    restart: usize,
+    unit: usize,
+    means: [i32; 3],
+    started: bool,
+}
+
+impl<'a> Cursor<'a> {
+    /// At the last restart marker before `unit`, or at the start.
+    fn new(clean: &'a Clean, restart: usize, unit: usize) -> Cursor<'a> {
+        let stretch = unit.checked_div(restart).unwrap_or(0);
+        let bits = Bits::new(clean, clean.stretches[stretch].0);
+        Cursor { bits, clean, restart, unit: stretch * restart, means: [0; 3], started: false }
+    }
+
+    /// Comes before each unit: passes a restart marker where one is due.
+    #[inline(always)]
+    fn next(&mut self) -> Option<()> {
+        if self.restart != 0 && self.unit.is_multiple_of(self.restart) {
+            self.pass_restart()?;
+        }
+        self.unit += 1;
+        Some(())
+    }
+
+    fn pass_restart(&mut self) -> Option<()> {
+        let stretch = self.unit / self.restart;
+        let (start, _) = self.clean.stretches[stretch];
+        // Where decoding begins at a marker, nothing comes before it.
+        if self.started && !self.bits.is_at(start) {
+            return None;
+        }
+        self.started = true;
+        self.bits = Bits::new(self.clean, start);
+        self.means = [0; 3];
+        Some(())
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2,bmi1,bmi2,lzcnt")]
+fn scan(
+    header: &Header,
+    wanted: &Wanted,
+    scratch: &mut Scratch,
+    sink: &mut dyn Sink,
+) -> Option<()> {
+    let Scratch { clean, dc, ac, planes, output } = scratch;
+    let mut cursor = Cursor::new(clean, header.restart, wanted.rows.start * wanted.across);
+    let mut block = Aligned([0; 64]);
+    let (h, v) = header.sampling.luma();
+    let last = wanted.rows.end - 1;
+    let start = cursor.unit;
+    for unit in start..wanted.rows.start * wanted.across {
+        debug_assert_eq!(unit, cursor.unit);
+        skip_unit(&mut cursor, header.sampling, dc, ac)?;
+    }
+    for row in wanted.rows.clone() {
+        for _ in 0..wanted.columns.start {
+            skip_unit(&mut cursor, header.sampling, dc, ac)?;
+        }
+        for column in 0..wanted.columns.len() {
+            cursor.next()?;
+            for by in 0..v {
+                let top = (row * v + by) * 8;
+                let needed = top < wanted.luma.end && top + 8 > wanted.luma.start;
+                for bx in 0..h {
+                    let mut place = Place {
+                        plane: &mut planes[0],
+                        row: output.lag(0) + by * 8,
+                        column: (column * h + bx) * 8,
+                    };
+                    let coder = (&dc[0], &ac[0], &header.components[0].quant);
+                    one_block(&mut cursor, 0, coder, needed.then_some(&mut place), &mut block)?;
+                }
+            }
+            for (i, component) in header.components.iter().enumerate().skip(1) {
+                let mut place =
+                    Place { plane: &mut planes[i], row: output.lag(i), column: column * 8 };
+                one_block(
+                    &mut cursor,
+                    i,
+                    (&dc[i], &ac[i], &component.quant),
+                    Some(&mut place),
+                    &mut block,
+                )?;
+            }
+        }
+        if row < last {
+            for _ in wanted.columns.end..wanted.across {
+                skip_unit(&mut cursor, header.sampling, dc, ac)?;
+            }
+        }
+        output.emit(row, row == last, planes, sink);
+    }
+    let stretch = (cursor.unit - 1).checked_div(header.restart).unwrap_or(0);
+    cursor.bits.is_within(clean.stretches[stretch].1).then_some(())
+}
+
+#[inline(always)]
+fn skip_unit(cursor: &mut Cursor, sampling: Sampling, dc: &[Table], ac: &[Table]) -> Option<()> {
+    cursor.next()?;
+    let (h, v) = sampling.luma();
+    for _ in 0..h * v {
+        skip_block(cursor, 0, dc, ac)?;
+    }
+    if sampling != Sampling::Grey {
+        skip_block(cursor, 1, dc, ac)?;
+        skip_block(cursor, 2, dc, ac)?;
+    }
+    Some(())
+}
+
+#[inline(always)]
+fn skip_block(cursor: &mut Cursor, i: usize, dc: &[Table], ac: &[Table]) -> Option<()> {
+    cursor.bits.has_room().then_some(())?;
+    let difference = cursor.bits.skip_block(&dc[i], &ac[i])?;
+    cursor.means[i] = cursor.means[i].wrapping_add(difference);
+    Some(())
+}
+
+/// Where a block's pixels go.
+struct Place<'a> {
+    plane: &'a mut Plane,
+    row: usize,
+    column: usize,
+}
+
+#[inline(always)]
+fn one_block(
+    cursor: &mut Cursor,
+    i: usize,
+    (dc, ac, quant): (&Table, &Table, &Aligned),
+    place: Option<&mut Place>,
+    block: &mut Aligned,
+) -> Option<()> {
+    cursor.bits.has_room().then_some(())?;
+    let Some(place) = place else {
+        let difference = cursor.bits.skip_block(dc, ac)?;
+        cursor.means[i] = cursor.means[i].wrapping_add(difference);
+        return Some(());
+    };
+    let (difference, detailed) = cursor.bits.block(dc, ac, &mut block.0)?;
+    let mean = cursor.means[i].wrapping_add(difference);
+    cursor.means[i] = mean;
+    // Sound files stay within 12 bits or so; beyond, the kernels' 16-bit arithmetic wraps.
+    i16::try_from(mean).ok()?;
+    let product = mean * i32::from(quant.0[0]);
+    if !detailed && product.abs() < 4096 {
+        place.plane.put_mean(place.row, place.column, product);
+        return Some(());
+    }
+    block.0[0] = mean as i16;
+    place.plane.put_block(place.row, place.column, quant, block);
+    block.0 = [0; 64];
+    Some(())
+}

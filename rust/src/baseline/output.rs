@@ -1,0 +1,172 @@
+//! Rows of blocks to rows of pixels.
+
+use std::ops::Range;
+
+use super::header::{Header, Sampling};
+use super::kernels::{MARGIN, Plane, to_rgb};
+use crate::resize::{GROUP, PAD, Rect, Sink};
+
+/// Turns each row of minimum coded units into pixels and hands on those of the region.
+///
+/// Where chroma is halved vertically, a row of chroma gives two rows of pixels only when the row
+/// below is known. So the last two rows of luma and chroma of each unit row are kept on top of
+/// the next (`lag`).
+#[derive(Debug)]
+pub struct Output {
+    sampling: Sampling,
+    region: Rect,
+    /// Width of the decoded columns that lie in the picture: of luma, and of chroma.
+    width: usize,
+    chroma_width: usize,
+    chroma_height: usize,
+    /// Byte offset of the region's first column in a row of pixels.
+    offset: usize,
+    upsampled: [Plane; 2],
+    band: Vec<u8>,
+    base: usize,
+    stride: usize,
+    /// Rows of pixels in the band.
+    held: usize,
+    first: bool,
+}
+
+impl Default for Output {
+    fn default() -> Output {
+        Output {
+            sampling: Sampling::Grey,
+            region: Rect { x: 0, y: 0, width: 0, height: 0 },
+            width: 0,
+            chroma_width: 0,
+            chroma_height: 0,
+            offset: 0,
+            upsampled: Default::default(),
+            band: Vec::new(),
+            base: 0,
+            stride: 0,
+            held: 0,
+            first: true,
+        }
+    }
+}
+
+impl Output {
+    pub fn start(
+        &mut self,
+        header: &Header,
+        columns: &Range<usize>,
+        region: Rect,
+        planes: &mut [Plane],
+    ) {
+        let (h, v) = header.sampling.luma();
+        let left = columns.start * 8 * h;
+        self.sampling = header.sampling;
+        self.region = region;
+        self.width = (columns.len() * 8 * h).min(header.width - left);
+        self.chroma_width = (columns.len() * 8).min(header.width.div_ceil(h) - columns.start * 8);
+        self.chroma_height = header.height.div_ceil(v);
+        self.offset = (region.x - left) * 3;
+        self.first = true;
+        self.held = 0;
+        for (i, plane) in planes.iter_mut().take(header.components.len()).enumerate() {
+            let (h, v) = if i == 0 { (h, v) } else { (1, 1) };
+            plane.resize(columns.len() * 8 * h, self.lag(i) + 8 * v);
+        }
+        for plane in &mut self.upsampled {
+            plane.resize(columns.len() * 8 * h + MARGIN, 2);
+        }
+        // As for libjpeg's rows: 16 bytes off alignment keeps the pixels in the cache.
+        self.stride = (self.width * 3).next_multiple_of(32);
+        let bytes = GROUP * self.stride + 48 + PAD;
+        if self.band.len() < bytes {
+            self.band.resize(bytes, 0);
+        }
+        self.base = (48 - self.band.as_ptr() as usize % 32) % 32;
+    }
+
+    /// Rows kept on top of component `i`.
+    pub fn lag(&self, _component: usize) -> usize {
+        if self.sampling == Sampling::S420 { 2 } else { 0 }
+    }
+
+    /// Hands on the pixels that unit row `row` completes.
+    pub fn emit(&mut self, row: usize, last: bool, planes: &mut [Plane], sink: &mut dyn Sink) {
+        match self.sampling {
+            Sampling::Grey | Sampling::S444 | Sampling::S422 => self.emit_rows(row, planes, sink),
+            Sampling::S420 => self.emit_pairs(row, last, planes, sink),
+        }
+        self.first = false;
+    }
+
+    /// Rows of luma that have their own rows of chroma.
+    fn emit_rows(&mut self, row: usize, planes: &mut [Plane], sink: &mut dyn Sink) {
+        let end = self.region.y + self.region.height;
+        for y in (row * 8).max(self.region.y)..(row * 8 + 8).min(end) {
+            let at = y - row * 8;
+            let slot = self.base + self.held * self.stride;
+            let out = &mut self.band[slot..];
+            match (self.sampling, &mut *planes) {
+                (Sampling::S444, [luma, blue, red, ..]) => {
+                    to_rgb([(luma, at), (blue, at), (red, at)], self.width, out);
+                }
+                (Sampling::S422, [luma, blue, red, ..]) => {
+                    let [up_blue, up_red] = &mut self.upsampled;
+                    up_blue.upsample_row(blue, at, self.chroma_width);
+                    up_red.upsample_row(red, at, self.chroma_width);
+                    to_rgb([(luma, at), (up_blue, 0), (up_red, 0)], self.width, out);
+                }
+                (_, planes) => {
+                    let grey = &planes[0].samples(at)[..self.width];
+                    for (pixel, value) in out.chunks_exact_mut(3).zip(grey) {
+                        pixel.fill(*value);
+                    }
+                }
+            }
+            self.hold(y, sink);
+        }
+    }
+
+    /// Pairs of rows, each from a row of chroma and its two neighbours.
+    fn emit_pairs(&mut self, row: usize, last: bool, planes: &mut [Plane], sink: &mut dyn Sink) {
+        let [luma, blue, red, ..] = planes else { unreachable!("4:2:0 has three components") };
+        // Chroma row c lies in slot c + 2 - 8 * row.
+        let top = row * 8;
+        let bottom = self.chroma_height - 1;
+        let start = if self.first { top } else { top - 1 };
+        // Behind the last unit row, no row below is needed but for pixels outside the region.
+        let end = (top + if last { 8 } else { 7 }).min(bottom + 1);
+        for c in start..end {
+            let wanted = self.region.y..self.region.y + self.region.height;
+            if !wanted.contains(&(2 * c)) && !wanted.contains(&(2 * c + 1)) {
+                continue;
+            }
+            let slot = c + 2 - top;
+            let above = if c == 0 { slot } else { slot - 1 };
+            let below = if c == bottom || c == top + 7 { slot } else { slot + 1 };
+            let [up_blue, up_red] = &mut self.upsampled;
+            up_blue.upsample_rows(blue, [above, slot, below], self.chroma_width);
+            up_red.upsample_rows(red, [above, slot, below], self.chroma_width);
+            for half in 0..2 {
+                let y = 2 * c + half;
+                if wanted.contains(&y) {
+                    let [up_blue, up_red] = &self.upsampled;
+                    let at = y + 2 - 2 * top;
+                    let out = &mut self.band[self.base + self.held * self.stride..];
+                    to_rgb([(&*luma, at), (up_blue, half), (up_red, half)], self.width, out);
+                    self.hold(y, sink);
+                }
+            }
+        }
+        luma.keep(16);
+        blue.keep(8);
+        red.keep(8);
+    }
+
+    /// Counts a row of pixels that was written behind the others, and pushes a full group.
+    fn hold(&mut self, y: usize, sink: &mut dyn Sink) {
+        self.held += 1;
+        if self.held == GROUP || y + 1 == self.region.y + self.region.height {
+            sink.push(&self.band[self.base + self.offset..], self.stride, self.held);
+            self.held = 0;
+        }
+    }
+}
