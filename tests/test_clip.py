@@ -2,7 +2,6 @@
 
 import copy
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +20,16 @@ def activation(clip: Clip) -> str:
 
 
 @pytest.fixture
-def small_architectures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+def small_architectures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """'ViT-B-16' and its tags become small and come from a patched download."""
-    weights = save_model(tmp_path / "download", model_cfg(48, 32, 24), 3) / "open_clip_model.safetensors"
+    weights = (
+        save_model(tmp_path / "download", model_cfg(48, 32, 24), 3) / "open_clip_model.safetensors"
+    )
     small = model_cfg(48, 32, 24)
     small.pop("quick_gelu")
     for name in ("open_clip.factory", "open_clip"):
         monkeypatch.setattr(f"{name}.get_model_config", lambda _: copy.deepcopy(small))
     monkeypatch.setattr("open_clip.factory.download_pretrained", lambda *_a, **_k: str(weights))
-    yield
 
 
 @pytest.mark.usefixtures("small_architectures")
@@ -92,7 +92,9 @@ def test_files_in_openai_layout(form: str, tmp_path: Path) -> None:
     assert activation(clip) == "QuickGELU"
     images = torch.randn(2, 3, 48, 48)
     with torch.no_grad():
-        torch.testing.assert_close(clip.vision(images), model.encode_image(images), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            clip.vision(images), model.encode_image(images), rtol=1e-5, atol=1e-5
+        )
 
 
 def _save_torchscript(model: torch.nn.Module, path: Path) -> None:
@@ -103,7 +105,9 @@ def _save_torchscript(model: torch.nn.Module, path: Path) -> None:
         torch.jit.save(torch.jit.script(Scripted(model)), str(path))
 
 
-def test_training_checkpoint_needs_its_architecture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_checkpoint_needs_its_architecture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cfg = model_cfg(48, 32, 24)
     torch.manual_seed(5)
     model = open_clip.CLIP(**copy.deepcopy(cfg))
@@ -119,11 +123,15 @@ def test_training_checkpoint_needs_its_architecture(tmp_path: Path, monkeypatch:
 def test_model_object_and_its_own_numbers(models: Models) -> None:
     model = open_clip.create_model(models.student)
     clip = load_clip(model)
-    assert clip.preprocess == Preprocess((48, 48), (0.1, 0.2, 0.3), (0.5, 0.5, 0.5), "bilinear", "squash")
+    assert clip.preprocess == Preprocess(
+        (48, 48), (0.1, 0.2, 0.3), (0.5, 0.5, 0.5), "bilinear", "squash"
+    )
     images = torch.randn(3, 3, 48, 48)
     tokens = clip.tokenize(["a photo of a cat.", "a"])
     with torch.no_grad():
-        torch.testing.assert_close(clip.vision(images), model.encode_image(images), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            clip.vision(images), model.encode_image(images), rtol=1e-5, atol=1e-5
+        )
         text = clip.need_text("test")(tokens)
         torch.testing.assert_close(text, model.encode_text(tokens), rtol=1e-5, atol=1e-5)
     assert clip.image_hash == load_clip(models.student).image_hash

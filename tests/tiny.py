@@ -55,7 +55,10 @@ def save_model(folder: Path, cfg: dict[str, Any], seed: int, **preprocess: Any) 
             model.logit_scale.fill_(3.0)
     config = {"model_cfg": cfg, "preprocess_cfg": preprocess}
     (folder / "open_clip_config.json").write_text(json.dumps(config))
-    save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "open_clip_model.safetensors")
+    save_file(
+        {k: v.contiguous() for k, v in model.state_dict().items()},
+        folder / "open_clip_model.safetensors",
+    )
     return folder
 
 

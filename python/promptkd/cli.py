@@ -240,19 +240,15 @@ Command = (
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run the command line; 0 done, 1 failed, 2 wrong use, 130 interrupted."""
-    try:
-        command: Any = tyro.cli(
-            Command,
-            prog="promptkd",
-            description="Turn a large CLIP into a small, fast classifier for your own pictures, "
-            "without labels.",
-            args=args,
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )
-    except ValueError as error:
-        print(f"promptkd: {error}", file=sys.stderr)
-        return 2
+    """Run the command line: 0 done, 1 failed, 130 interrupted; wrong use exits with 2."""
+    command: Any = tyro.cli(
+        Command,
+        prog="promptkd",
+        description="Turn a large CLIP into a small, fast classifier for your own pictures, "
+        "without labels.",
+        args=args,
+        config=(tyro.conf.FlagCreatePairsOff,),
+    )
     try:
         command.run()
     except PromptKDError as error:

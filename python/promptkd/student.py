@@ -338,9 +338,23 @@ def _is_many(images: Any) -> bool:
 def _as_list(images: Any) -> list[Any]:
     if isinstance(images, str | os.PathLike) and Path(images).is_dir():
         return list(pictures_in(Path(images)).paths)
-    if _is_many(images):
-        return list(images)
-    return [images]
+    return [_as_source(item) for item in (images if _is_many(images) else [images])]
+
+
+def _as_source(item: Any) -> Any:
+    """A path or Pillow image as it is; arrays (H, W, 3) and tensors (3, H, W) of uint8 as an image."""
+    from PIL import Image
+
+    if isinstance(item, Tensor):
+        item = item.permute(1, 2, 0).cpu().numpy() if item.ndim == 3 else item.numpy()
+    if not isinstance(item, np.ndarray):
+        return item
+    if item.dtype != np.uint8 or item.ndim != 3 or item.shape[2] != 3:
+        raise DataError(
+            f"a picture of type {item.dtype} and shape {item.shape} is neither a uint8 array (H, W, 3), "
+            "a uint8 tensor (3, H, W) nor a normalised float tensor (B, 3, H, W)"
+        )
+    return Image.fromarray(np.ascontiguousarray(item))
 
 
 def _split_beside(source: Any) -> Split | None:

@@ -19,8 +19,23 @@ from promptkd.errors import DataError
 from promptkd.prompts import plain_name
 
 EXTENSIONS = frozenset(
-    f".{name}" for name in
-    ("jpg", "jpeg", "jpe", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "heic", "heif", "avif")
+    f".{name}"
+    for name in (
+        "jpg",
+        "jpeg",
+        "jpe",
+        "png",
+        "webp",
+        "bmp",
+        "gif",
+        "tif",
+        "tiff",
+        "ppm",
+        "pgm",
+        "heic",
+        "heif",
+        "avif",
+    )
 )
 SPLIT_FILE = "split.json"
 
@@ -77,10 +92,9 @@ def read_split(path: Path) -> Split:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"'{path}' is no readable JSON split: {error}") from error
-    lists = {k: data.get(k, []) for k in ("train", "val", "test", "base", "novel")}
-    if not isinstance(data, dict) or not all(
-        isinstance(v, list) and all(isinstance(s, str) for s in v) for v in lists.values()
-    ):
+    keys = ("train", "val", "test", "base", "novel")
+    lists: dict[str, Any] = {k: data.get(k, []) for k in keys} if isinstance(data, dict) else {"": None}
+    if not all(isinstance(v, list) and all(isinstance(s, str) for s in v) for v in lists.values()):
         raise DataError(f"'{path}' must hold lists of strings: train, val, test, base, novel")
     parts = {k: tuple(lists[k]) for k in ("train", "val", "test")}
     return Split(path, parts, tuple(lists["base"]), tuple(lists["novel"]))
