@@ -294,14 +294,14 @@ def test_odd_pickles(pickled: bytes, said: str, tmp_path: Path) -> None:
 
 
 def test_damaged_bytes_never_end_in_another_error(tmp_path: Path) -> None:
-    """A thousand damaged pickles are read or refused, and run nothing."""
+    """Hundreds of damaged pickles are read or refused, and run nothing."""
     source = FIXTURES / "torch2.15-teacher-d3" / "model.pth.tar-20"
     with zipfile.ZipFile(source) as file:
         entries = {n: file.read(n) for n in file.namelist()}
     name = next(n for n in entries if n.endswith("data.pkl"))
     rng = random.Random(7)
     refused = 0
-    for _ in range(1000):
+    for _ in range(400):
         damaged = bytearray(entries[name])
         for _ in range(rng.choice([1, 1, 3])):
             damaged[rng.randrange(len(damaged))] = rng.randrange(256)
@@ -315,7 +315,7 @@ def test_damaged_bytes_never_end_in_another_error(tmp_path: Path) -> None:
             official.load(path)
         except CheckpointError:
             refused += 1
-    assert 100 < refused < 1000
+    assert 40 < refused < 400
 
 
 def packed(path: Path) -> None:

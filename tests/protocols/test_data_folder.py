@@ -76,6 +76,22 @@ def test_check_of_one_dataset_of_its_folder_and_of_none(root: Path) -> None:
         check(root, ["mnist"])
 
 
+def test_lists_as_images(root: Path) -> None:
+    """Views depend on names: they don't change when the data folder moves."""
+    data = benchmarks.load("dtd", root).few_shot(4, 1).novel()
+    for part in ("train", "val", "test"):
+        images = data.images(part)
+        assert [*zip(images.paths, images.labels.tolist(), strict=True)] == list(
+            getattr(data, part)
+        )
+        assert [str(root / name) for name in images.names] == list(images.paths)
+        assert images.class_names == data.class_names
+    moved = root.rename(root.with_name("moved"))
+    there = benchmarks.load("dtd", moved).few_shot(4, 1).novel()
+    assert there.images("train").digest() == data.images("train").digest()
+    assert len(benchmarks.load("imagenet-r", moved).images("train")) == 0
+
+
 # ---------------------------------------------------------------- a stand-in of the hub
 class Hub:
     """What the hub answers: the list of files with their checksums, and their bytes by range."""

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from promptkd.benchmarks.dataset import absent_pictures, checked_names, read_parts
 from promptkd.benchmarks.layouts import LAYOUTS
+from promptkd.benchmarks.lists import absent_pictures, checked_names, read_parts
 from promptkd.benchmarks.paper import PAPER, find
 from promptkd.errors import DataError
 
