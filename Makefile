@@ -27,7 +27,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # List the targets.
 .PHONY: help
 help:
-	@awk '/^# /{text=substr($$0, 3)} /^\.PHONY: /{printf "  make %-10s %s\n", $$2, text}' $(MAKEFILE_LIST)
+	@awk '/^# /{text=substr($$0, 3)} /^\.PHONY: / && text {printf "  make %-10s %s\n", $$2, text; text=""}' $(MAKEFILE_LIST)
 
 # Teach and distil on the pictures that come with the package; print and draw the table.
 .PHONY: demo
@@ -56,11 +56,16 @@ fuzz: setup $(STAMPS)/cargo-fuzz
 
 # Run every linter and type checker; change nothing.
 .PHONY: lint
-lint: setup
+lint: lint-python lint-types lint-rust
+
+.PHONY: lint-python lint-types lint-rust
+lint-python: setup
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+lint-types: setup
 	$(BIN)/mypy
 	$(BIN)/stubtest promptkd._rust
+lint-rust: setup
 	cargo fmt $(MANIFEST) --check
 	$(CARGO_ENV) cargo clippy $(MANIFEST) --locked --all-targets -- -D warnings
 
