@@ -47,21 +47,25 @@ impl Clean {
     }
 }
 
-/// Reads bits from the top of a 64-bit window.
+/// Reads bits.
+///
+/// The next bits are the upper ones of `word << shift`. The word of the next step is loaded while
+/// this step's table is looked up, so that only the look-up and two shifts follow one another. A
+/// word is loaded at a whole byte and used one step later: of its 64 bits up to 7 lie before the
+/// position, and up to 27 are taken by the step between, which leaves 30.
 pub struct Bits<'a> {
     bytes: &'a [u8],
-    /// The next byte to load.
-    at: usize,
-    window: u64,
-    /// Valid bits in the window; what lies below them is what `bytes` holds.
-    count: u32,
+    /// Bits before the next one.
+    position: usize,
+    word: u64,
+    shift: u32,
 }
 
 impl<'a> Bits<'a> {
     pub fn new(clean: &'a Clean, start: usize) -> Bits<'a> {
-        let mut bits = Bits { bytes: &clean.bytes, at: start, window: 0, count: 0 };
-        assert!(start + PADDING <= bits.bytes.len());
-        bits.refill();
+        assert!(start + PADDING <= clean.bytes.len());
+        let mut bits = Bits { bytes: &clean.bytes, position: start * 8, word: 0, shift: 0 };
+        bits.word = bits.load();
         bits
     }
 
@@ -69,62 +73,58 @@ impl<'a> Bits<'a> {
     /// holds.
     #[inline(always)]
     pub fn has_room(&self) -> bool {
-        self.at + PADDING / 2 <= self.bytes.len()
+        self.position / 8 + PADDING / 2 <= self.bytes.len()
     }
 
     /// Whether exactly the bytes before `end` have been begun.
     pub fn is_at(&self, end: usize) -> bool {
-        let loaded_bits = self.at * 8;
-        (loaded_bits - self.count as usize).div_ceil(8) == end
+        self.position.div_ceil(8) == end
     }
 
     /// Whether no byte behind `end` has been begun.
     pub fn is_within(&self, end: usize) -> bool {
-        self.at * 8 - self.count as usize <= end * 8
+        self.position <= end * 8
     }
 
-    /// Brings the window to at least 56 bits.
+    /// The word at the byte of the position.
     #[inline(always)]
-    fn refill(&mut self) {
-        debug_assert!(self.at + 8 <= self.bytes.len());
+    fn load(&self) -> u64 {
+        let at = self.position / 8;
+        debug_assert!(at + 8 <= self.bytes.len());
         // SAFETY: `has_room` is checked before every block, `new` checks the start, and between
         // two checks at most 64 x 27 bits (216 bytes) are taken; the padding is larger.
-        let word = unsafe { self.bytes.as_ptr().add(self.at).cast::<[u8; 8]>().read() };
-        self.window |= u64::from_be_bytes(word) >> self.count;
-        self.at += ((63 - self.count) >> 3) as usize;
-        self.count |= 56;
+        u64::from_be_bytes(unsafe { self.bytes.as_ptr().add(at).cast::<[u8; 8]>().read() })
     }
 
+    /// The next bits, 30 at least.
     #[inline(always)]
-    fn take(&mut self, bits: u32) {
-        self.window <<= bits;
-        self.count -= bits;
+    fn window(&self) -> u64 {
+        self.word << (self.shift & 63)
     }
 
+    /// Takes as many bits as the lower six bits of `shift` say, 27 at most.
     #[inline(always)]
-    fn symbol(&self, table: &Table) -> Option<Symbol> {
-        let symbol = table.fast(self.window);
-        if symbol.total != 0 { Some(symbol) } else { table.slow(self.window) }
+    fn take(&mut self, shift: u32) {
+        self.word = self.load();
+        self.shift = (self.position as u32 & 7).wrapping_add(shift);
+        self.position += (shift & 63) as usize;
     }
 
-    /// The value behind the code of `symbol`, taken with it.
+    /// The next symbol, taken with its value.
     #[inline(always)]
-    fn value(&mut self, symbol: Symbol) -> i32 {
-        let (total, size) = (u32::from(symbol.total), u32::from(symbol.size));
-        let tail = self.window << (total - size);
-        self.take(total);
-        // The upper `size` bits; values with a leading 0 count from below.
+    fn symbol(&mut self, table: &Table) -> Option<(Symbol, i32)> {
+        let window = self.window();
+        let mut symbol = table.fast(window);
+        if symbol.is_long() {
+            symbol = table.slow(window)?;
+        }
+        self.take(symbol.shift());
+        // The `size` bits behind the code; values with a leading 0 count from below.
+        let size = symbol.size();
+        let tail = window << (symbol.total() - size);
         let raw = ((tail >> 1) >> (63 - size)) as i32;
         let below = !((tail as i64) >> 63) as i32;
-        raw + (below & ((-1 << size) + 1))
-    }
-
-    /// The difference of the block's mean to the last one's.
-    #[inline(always)]
-    fn difference(&mut self, dc: &Table) -> Option<i32> {
-        self.refill();
-        let symbol = self.symbol(dc)?;
-        Some(self.value(symbol))
+        Some((symbol, raw + (below & ((-1 << size) + 1))))
     }
 
     /// Decodes a block whose coefficients are zero: the mean's difference, and whether any other
@@ -136,55 +136,42 @@ impl<'a> Bits<'a> {
         ac: &Table,
         coefficients: &mut [i16; 64],
     ) -> Option<(i32, bool)> {
-        let difference = self.difference(dc)?;
+        let (_, difference) = self.symbol(dc)?;
         let mut at = 0;
         loop {
-            // Two symbols of at most 26 bits fit into a full window, but only one behind the
-            // mean's 27 bits.
-            for _ in 0..2 {
-                let symbol = self.symbol(ac)?;
-                at += u32::from(symbol.advance);
-                let value = self.value(symbol);
-                if at >= 63 {
-                    if at == 63 {
-                        coefficients[63] = value as i16;
-                        return Some((difference, true));
-                    }
-                    return (at >= END).then_some((difference, at > END));
+            let (symbol, value) = self.symbol(ac)?;
+            at += symbol.advance();
+            if at >= 63 {
+                if at == 63 {
+                    coefficients[63] = value as i16;
+                    return Some((difference, true));
                 }
-                coefficients[usize::from(ZIGZAG[at as usize])] = value as i16;
-                if self.count < 27 {
-                    break;
-                }
+                return (at >= END).then_some((difference, at > END));
             }
-            self.refill();
+            coefficients[usize::from(ZIGZAG[at as usize])] = value as i16;
         }
     }
 
     /// Passes a block; the mean's difference is all that matters.
     #[inline(always)]
     pub fn skip_block(&mut self, dc: &Table, ac: &Table) -> Option<i32> {
-        let difference = self.difference(dc)?;
-        self.refill();
+        let (_, difference) = self.symbol(dc)?;
         let mut at = 0;
         loop {
-            let entry = ac.skip(self.window);
-            let next = at + u32::from(entry >> 4 & 0x7ff);
-            if entry != 0 && next < 63 {
-                self.take(u32::from(entry & 15));
-                if entry >> 15 != 0 {
+            let chain = ac.skip(self.window());
+            let next = at + chain.advance();
+            if !chain.is_none() && next < 63 {
+                self.take(chain.shift());
+                if chain.ends() {
                     return Some(difference);
                 }
                 at = next;
-            } else {
-                let symbol = self.symbol(ac)?;
-                self.take(u32::from(symbol.total));
-                at += u32::from(symbol.advance);
-                if at >= 63 {
-                    return (at == 63 || at >= END).then_some(difference);
-                }
+                continue;
             }
-            self.refill();
+            at += self.symbol(ac)?.0.advance();
+            if at >= 63 {
+                return (at == 63 || at >= END).then_some(difference);
+            }
         }
     }
 }
@@ -208,15 +195,20 @@ mod tests {
 
     #[test]
     fn values_have_jpeg_signs() {
+        // Codes 0 to 3 of two bits for values of 1, 3, 0 and 11 bits, as of a mean.
+        let mut table = Table::new();
+        let mut counts = [0u8; 16];
+        counts[2] = 4;
+        table.fill(&[counts.as_slice(), &[1, 3, 0, 11]].concat(), true).unwrap();
         let mut clean = Clean::default();
-        clean.fill(b"\x2a\xff\xd9").unwrap();
-        for (size, bits, value) in
-            [(1, 0b0, -1), (1, 0b1, 1), (3, 0b000, -7), (3, 0b100, 4), (3, 0b011, -4), (0, 0, 0)]
-        {
-            let mut reader = Bits::new(&clean, 0);
-            reader.window = if size == 0 { 1 << 63 } else { bits << (64 - size) };
-            let symbol = Symbol { total: size as u8, advance: 1, size: size as u8 };
-            assert_eq!(reader.value(symbol), value, "{bits:b} of {size}");
+        // 000 0, 000 1, 001 000, 001 100, 001 011, 010, 011 then eleven zeros
+        clean
+            .fill(&[0b0000_0001, 0b0010_0000, 0b1100_0010, 0b1101_0011, 0, 0, 0xff, 0xd9])
+            .unwrap();
+        let mut bits = Bits::new(&clean, 0);
+        for expected in [-1, 1, -7, 4, -4, 0, -2047] {
+            assert_eq!(bits.symbol(&table).unwrap().1, expected);
         }
+        assert!(bits.is_within(6) && !bits.is_within(4));
     }
 }

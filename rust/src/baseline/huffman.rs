@@ -9,13 +9,71 @@ pub const SKIP: u32 = 13;
 /// Added to a position by the end of a block.
 pub const END: u32 = 128;
 
-/// A symbol: how far the position moves, how many bits its value has, how many its code and
-/// value have together. All zero where the code is longer than the look-up.
+/// A symbol: how many bits its code and value have together, how far the position moves, how
+/// many bits the value has. All zero where the code is longer than the look-up.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
-pub struct Symbol {
-    pub total: u8,
-    pub advance: u8,
-    pub size: u8,
+pub struct Symbol(u32);
+
+impl Symbol {
+    fn new(total: u32, advance: u32, size: u32) -> Symbol {
+        Symbol(total | advance << 8 | size << 16)
+    }
+
+    pub fn is_long(self) -> bool {
+        self.0 == 0
+    }
+
+    /// The number whose lower six bits count the bits: a shift needs no more of it.
+    #[inline(always)]
+    pub fn shift(self) -> u32 {
+        self.0
+    }
+
+    #[inline(always)]
+    pub fn total(self) -> u32 {
+        self.0 & 63
+    }
+
+    #[inline(always)]
+    pub fn advance(self) -> u32 {
+        self.0 >> 8 & 0xff
+    }
+
+    #[inline(always)]
+    pub fn size(self) -> u32 {
+        self.0 >> 16
+    }
+}
+
+/// Several symbols that are skipped at once, laid out as `bits | advance << 6 | end << 15`;
+/// zero where there are none.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Chain(u16);
+
+impl Chain {
+    fn new(bits: u32, advance: u32, end: bool) -> Chain {
+        Chain(bits as u16 | (advance as u16) << 6 | u16::from(end) << 15)
+    }
+
+    pub fn is_none(self) -> bool {
+        self.0 == 0
+    }
+
+    /// As `Symbol::shift`.
+    #[inline(always)]
+    pub fn shift(self) -> u32 {
+        u32::from(self.0)
+    }
+
+    #[inline(always)]
+    pub fn advance(self) -> u32 {
+        u32::from(self.0 >> 6 & 63)
+    }
+
+    #[inline(always)]
+    pub fn ends(self) -> bool {
+        self.0 >> 15 != 0
+    }
 }
 
 /// One Huffman table.
@@ -24,8 +82,7 @@ pub struct Table {
     /// The table's bytes in the file, by which it is known again.
     body: Vec<u8>,
     fast: Box<[Symbol; 1 << FAST]>,
-    /// Bits, position and whether a block ends: `bits | advance << 4 | end << 15`.
-    skip: Box<[u16; 1 << SKIP]>,
+    skip: Box<[Chain; 1 << SKIP]>,
     /// By code length: one past the largest code, aligned to 16 bits, and what turns a code
     /// into the index of its symbol.
     limit: [u32; 17],
@@ -38,7 +95,7 @@ impl Table {
         Table {
             body: Vec::new(),
             fast: Box::new([Symbol::default(); 1 << FAST]),
-            skip: Box::new([0; 1 << SKIP]),
+            skip: Box::new([Chain::default(); 1 << SKIP]),
             limit: [0; 17],
             offset: [0; 17],
             symbols: Vec::new(),
@@ -98,25 +155,21 @@ impl Table {
     /// Chains symbols as long as they fit wholly.
     fn fill_skip(&mut self) {
         for i in 0..1u32 << SKIP {
-            let (mut bits, mut advance, mut end) = (0u32, 0u32, 0u16);
-            while bits < SKIP && end == 0 {
+            let (mut bits, mut advance, mut end) = (0, 0, false);
+            while bits < SKIP && !end {
                 let rest = (i << bits) & ((1 << SKIP) - 1);
                 let symbol = self.fast[(rest >> (SKIP - FAST)) as usize];
-                let total = u32::from(symbol.total);
-                if total == 0 || bits + total > SKIP {
+                if symbol.is_long() || bits + symbol.total() > SKIP {
                     break;
                 }
-                bits += total;
-                if u32::from(symbol.advance) == END {
-                    end = 1;
-                } else {
-                    advance += u32::from(symbol.advance);
-                }
+                bits += symbol.total();
+                end = symbol.advance() == END;
+                advance += if end { 0 } else { symbol.advance() };
             }
             // A look-up that would pass the end of any block is of no use.
             let usable = bits > 0 && advance < 64;
             self.skip[i as usize] =
-                if usable { bits as u16 | (advance as u16) << 4 | end << 15 } else { 0 };
+                if usable { Chain::new(bits, advance, end) } else { Chain::default() };
         }
     }
 
@@ -126,7 +179,7 @@ impl Table {
     }
 
     #[inline(always)]
-    pub fn skip(&self, window: u64) -> u16 {
+    pub fn skip(&self, window: u64) -> Chain {
         self.skip[(window >> (64 - SKIP)) as usize]
     }
 
@@ -143,22 +196,17 @@ impl Table {
 /// What a symbol of a code of `length` bits means; `None` for sizes that baseline files of
 /// eight bits do not have.
 fn meaning(symbol: u8, length: u32, dc: bool) -> Option<Symbol> {
-    let (run, size) = (symbol >> 4, symbol & 15);
-    let total = length as u8 + size;
+    let (run, size) = (u32::from(symbol >> 4), u32::from(symbol & 15));
     if dc {
-        return (symbol <= 11).then_some(Symbol {
-            total: length as u8 + symbol,
-            advance: 0,
-            size: symbol,
-        });
+        return (symbol <= 11).then_some(Symbol::new(length + size, 0, size));
     }
     let advance = match (run, size) {
         (15, 0) => 16,
-        (_, 0) => END as u8,
+        (_, 0) => END,
         (_, 1..=10) => run + 1,
         _ => return None,
     };
-    Some(Symbol { total, advance, size })
+    Some(Symbol::new(length + size, advance, size))
 }
 
 #[cfg(test)]
@@ -179,12 +227,12 @@ mod tests {
     fn symbols_are_found() {
         let mut table = Table::new();
         table.fill(&body(), false).unwrap();
-        assert_eq!(table.fast(0), Symbol { total: 2, advance: 1, size: 1 });
-        assert_eq!(table.fast(0b10 << 62), Symbol { total: 2, advance: END as u8, size: 0 });
-        assert_eq!(table.fast(0b110 << 61), Symbol { total: 3, advance: 16, size: 0 });
+        assert_eq!(table.fast(0), Symbol::new(2, 1, 1));
+        assert_eq!(table.fast(0b10 << 62), Symbol::new(2, END, 0));
+        assert_eq!(table.fast(0b110 << 61), Symbol::new(3, 16, 0));
         let long = 0b1110_0000_0000 << 52;
-        assert_eq!(table.fast(long).total, 0);
-        assert_eq!(table.slow(long), Some(Symbol { total: 15, advance: 3, size: 3 }));
+        assert!(table.fast(long).is_long());
+        assert_eq!(table.slow(long), Some(Symbol::new(15, 3, 3)));
         assert_eq!(table.slow(u64::MAX), None);
     }
 
@@ -194,8 +242,8 @@ mod tests {
         table.fill(&body(), false).unwrap();
         // Three of run 0 with their values, then the end of the block.
         let entry = table.skip(0b00_01_00_10 << 56);
-        assert_eq!(entry, 8 | 3 << 4 | 1 << 15);
-        assert_eq!(table.skip(u64::MAX), 0);
+        assert_eq!(entry, Chain::new(8, 3, true));
+        assert!(table.skip(u64::MAX).is_none());
     }
 
     #[test]
