@@ -12,6 +12,7 @@ import collections
 import io
 import math
 import pickle
+import struct
 import sys
 import zipfile
 from collections.abc import Callable
@@ -54,6 +55,11 @@ _HARMLESS = {
     "numpy._core.multiarray.scalar",
     "torch.device", "torch.dtype",
 }  # fmt: skip
+
+# What zipfile raises for a damaged file.
+_DAMAGE = (
+    zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, ValueError, struct.error
+)  # fmt: skip
 
 
 class _Frozen:
@@ -206,7 +212,7 @@ class TorchFile:
         except OSError as error:
             reason = (error.strerror or str(error)).lower()
             raise CheckpointError(f"can't read '{path}': {reason}") from error
-        except zipfile.BadZipFile as error:
+        except _DAMAGE as error:
             raise CheckpointError(
                 f"'{path}' is no checkpoint of torch 1.6 or later, or it is cut short; it is not "
                 "opened as a plain pickle, which could run anything"
@@ -228,7 +234,7 @@ class TorchFile:
             if info.compress_type != zipfile.ZIP_STORED or info.file_size > limit:
                 raise CheckpointError(f"'{self.path}': '{name}' is packed or larger than it may be")
             data: bytes = self._zip.read(info)
-        except (KeyError, OSError, EOFError, zipfile.BadZipFile, NotImplementedError) as error:
+        except (KeyError, OSError, *_DAMAGE) as error:
             raise CheckpointError(f"'{self.path}' is damaged at '{name}': {error}") from error
         return data
 

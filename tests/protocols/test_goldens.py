@@ -4,9 +4,11 @@ Keys are taken out of a golden as they are compared; one that is left at the end
 """
 
 import hashlib
+import json
 import math
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +144,8 @@ def check_order(golden: Any, case_name: str, root: Path, monkeypatch: pytest.Mon
         patch.setattr(readers, "os", fake)
         after = benchmarks.load(golden["dataset"], root, split_seed=seed)
     assert after == before
-    official = golden["depends_on_directory_order"].pop(case_name)
+    official = golden["depends_on_directory_order"].pop(case_name, None)
+    assert official is not None
     assert listed or not official, "the official code listed folders here, this reader did not"
 
 
@@ -176,12 +179,10 @@ def check_pictures(root: Path, pictures: list[Any]) -> None:
         assert not picture
 
 
-def test_golden(
-    golden_folder: Path,
-    golden_name: str,
-    tree: Any,
-    monkeypatch: pytest.MonkeyPatch,
+def compare(
+    golden_folder: Path, golden_name: str, tree: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Everything that the golden of one dataset says; its keys are used up on the way."""
     entry = goldens.read(golden_folder, "manifest.json")["datasets"][golden_name]
     golden = goldens.read(golden_folder, entry["file"])
     assert golden["cases"]
@@ -210,6 +211,65 @@ def test_golden(
     assert golden.pop("dataset") == data.paper.name == golden_name
     assert not golden, f"not compared: {sorted(golden)}"
     assert {c: make_tree.tree_digest(str(r)) for c, r in roots.items()} == before, "written to"
+
+
+def test_golden(
+    golden_folder: Path, golden_name: str, tree: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compare(golden_folder, golden_name, tree, monkeypatch)
+
+
+def first_case(golden: Any) -> Any:
+    return golden["cases"]["split_absent"]
+
+
+def first_run(golden: Any) -> Any:
+    """A few-shot run, with the sample that the official code cached."""
+    return next(r for r in first_case(golden)["runs"] if "fewshot_cache" in r)
+
+
+def swap(pool: list[Any]) -> None:
+    pool[0], pool[1] = pool[1], pool[0]
+
+
+TAMPERINGS: dict[str, Callable[[Any], Any]] = {
+    "key of the golden": lambda g: g.update(news=1),
+    "key of a case": lambda g: first_case(g).update(news=1),
+    "key of a run": lambda g: first_run(g).update(news=1),
+    "key of a sample": lambda g: first_run(g)["fewshot_cache"].update(test="L0"),
+    "key of the classes": lambda g: first_case(g)["classes"]["C0"].update(news=1),
+    "key of a split": lambda g: first_case(g)["generated_split"]["1"].update(news=1),
+    "key of the prompts": lambda g: g["prompts"].update(news=1),
+    "key of the tree": lambda g: g["tree"].update(news=1),
+    "key of a picture": lambda g: g["pictures"][0].update(news=1),
+    "unused list": lambda g: first_case(g)["lists"].update(L999=[[0], [0]]),
+    "unused classes": lambda g: first_case(g)["classes"].update(C999={}),
+    "a further case": lambda g: g["cases"].update(native={"runs": []}),
+    "order of a list": lambda g: swap(first_case(g)["lists"][first_run(g)["train_x"]][0]),
+    "a label": lambda g: first_case(g)["lists"]["L1"][1].__setitem__(0, 1),
+    "a class name": lambda g: swap(first_case(g)["classes"]["C1"]["classnames"]),
+    "a sample": lambda g: first_run(g)["fewshot_cache"].update(val="L0"),
+    "a written split": lambda g: first_case(g)["generated_split"]["2"].update(json_sha256="0"),
+    "a prompt": lambda g: swap(g["prompts"]["zeroshot"]),
+    "the template": lambda g: g.update(template="a photo of {}."),
+    "a colour": lambda g: g["pictures"][0]["mean_rgb"].__setitem__(1, 300),
+    "a tree": lambda g: g["tree"].update(paths_sha256="0"),
+}
+
+
+@pytest.mark.parametrize("what", TAMPERINGS)
+def test_a_tampered_golden_fails(
+    what: str, tree: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is wrong or not compared is noticed: the tests above can fail, for every key."""
+    source, name = goldens.COMMITTED[0], "EuroSAT"
+    manifest = goldens.read(source, "manifest.json")
+    golden = goldens.read(source, manifest["datasets"][name]["file"])
+    TAMPERINGS[what](golden)
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    (tmp_path / manifest["datasets"][name]["file"]).write_text(json.dumps(golden))
+    with pytest.raises(AssertionError):
+        compare(tmp_path, name, tree, monkeypatch)
 
 
 def check_random_facts(facts: dict[str, Any], data: BenchmarkDataset) -> None:

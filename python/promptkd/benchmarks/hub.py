@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import lzma
 import re
 import shutil
 import stat
+import struct
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -227,8 +230,8 @@ def unpack(archive: Path, folder: Path) -> None:
                 with read(member) as source, path.open("xb") as target:
                     shutil.copyfileobj(source, target, _CHUNK)
         partial.rename(folder)
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, RuntimeError, NotImplementedError,
-            OSError, ValueError) as error:  # fmt: skip
+    except (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error,
+            EOFError, OSError, RuntimeError, ValueError) as error:  # fmt: skip
         if isinstance(error, DataError):
             raise
         raise DataError(
