@@ -12,6 +12,7 @@ FUZZ_SECONDS ?= 30
 BIN := $(abspath $(VENV))/bin
 STAMPS := $(abspath $(VENV))/.stamps
 MANIFEST := --manifest-path rust/Cargo.toml
+FUZZ_TARGETS := $(basename $(notdir $(wildcard rust/fuzz/fuzz_targets/*.rs)))
 RUST_SOURCES := rust/Cargo.toml rust/Cargo.lock rust/build.rs $(shell find rust/src rust/shim -type f)
 
 # The test programs of cargo link with the interpreter's own library.
@@ -44,13 +45,15 @@ test: setup
 .PHONY: test-long
 test-long: setup
 	$(BIN)/pytest -m long --durations=10
+ifneq ($(FUZZ_TARGETS),)
 	$(MAKE) fuzz
+endif
 
 # Run every fuzz target for FUZZ_SECONDS; a crash leaves its input in rust/fuzz/artifacts.
 .PHONY: fuzz
 fuzz: setup $(STAMPS)/cargo-fuzz
-	for target in rust/fuzz/fuzz_targets/*.rs; do \
-	  RUSTC_BOOTSTRAP=1 $(BIN)/cargo-fuzz run --fuzz-dir rust/fuzz "$$(basename "$$target" .rs)" \
+	for target in $(FUZZ_TARGETS); do \
+	  RUSTC_BOOTSTRAP=1 $(BIN)/cargo-fuzz run --fuzz-dir rust/fuzz $$target \
 	    -- -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1 || exit 1; \
 	done
 

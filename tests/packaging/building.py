@@ -2,13 +2,17 @@
 
 import os
 import subprocess
+import sys
 import tarfile
+import tomllib
 import venv
 import zipfile
 from dataclasses import dataclass
+from importlib.metadata import Distribution
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
 MAX_SECONDS = 600
@@ -34,9 +38,9 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> str:
     return done.stdout
 
 
-def known_files(*folders: str) -> list[Path]:
-    """Files under `folders` that git tracks or would track, relative to the checkout."""
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", *folders]
+def known_files() -> list[Path]:
+    """Files that git tracks or would track, relative to the checkout."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, check=True).stdout
     paths = {Path(name) for name in listed.decode().split("\0") if name}
     return sorted(path for path in paths if os.path.lexists(ROOT / path))
@@ -62,20 +66,42 @@ class Environment:
         return run(self.bin / "python", "-c", code, cwd=self.folder, **environment).strip()
 
     def pip(self, *arguments: str | Path) -> str:
-        return run(self.bin / "python", "-m", "pip", *arguments, cwd=self.folder)
-
-    def borrow_dependencies(self) -> None:
-        """See the packages of this environment too: their folder, but none of its .pth files.
-
-        So an editable promptkd there stays out of sight, and 5 GB of torch need no second copy.
-        """
-        mine = Path(pytest.__file__).parents[1]
-        (self.site_packages / "borrowed.pth").write_text(f"{mine}\n", encoding="utf-8")
+        """Run pip on this environment; it holds none of its own."""
+        pip = [sys.executable, "-m", "pip", "--python", self.bin / "python"]
+        return run(*pip, *arguments, cwd=self.folder)
 
 
 def new_environment(folder: Path) -> Environment:
-    venv.create(folder, with_pip=True, symlinks=os.name != "nt")
-    return Environment(folder)
+    """An environment that holds what promptkd declares, and what that declares, nothing else.
+
+    The files are links to those of this environment, so 5 GB of torch need no second copy.
+    """
+    venv.create(folder, with_pip=False, symlinks=os.name != "nt")
+    made = Environment(folder)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    for distribution in closure(project["dependencies"]):
+        for name in {file.parts[0] for file in distribution.files or []} - {"..", "__pycache__"}:
+            link = made.site_packages / name
+            if not link.exists():
+                link.symlink_to(Path(str(distribution.locate_file(name))))
+    return made
+
+
+def closure(requirements: list[str]) -> list[Distribution]:
+    """The installed distributions that `requirements` ask for, directly or not."""
+    found: dict[str, Distribution] = {}
+    seen: set[tuple[str, str]] = set()
+    todo = [(Requirement(text), "") for text in requirements]
+    while todo:
+        requirement, extra = todo.pop()
+        if requirement.marker and not requirement.marker.evaluate({"extra": extra}):
+            continue
+        for wanted in ("", *requirement.extras):
+            if (requirement.name, wanted) not in seen:
+                seen.add((requirement.name, wanted))
+                distribution = found[requirement.name] = Distribution.from_name(requirement.name)
+                todo += [(Requirement(text), wanted) for text in distribution.requires or []]
+    return list(found.values())
 
 
 def members(archive: Path) -> set[str]:

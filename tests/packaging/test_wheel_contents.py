@@ -6,8 +6,9 @@ from email.parser import Parser
 from pathlib import Path
 
 import pytest
-from building import ROOT, known_files, members
+from building import ROOT, members
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 pytestmark = pytest.mark.long
 
@@ -15,7 +16,6 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 VERSION = tomllib.loads((ROOT / "rust/Cargo.toml").read_text(encoding="utf-8"))["package"][
     "version"
 ]
-LINK = "python/promptkd/kernels"
 # Named one by one, so that a mistake in `expected_package` can't lose them.
 MUST = [
     "promptkd/__init__.py",
@@ -34,11 +34,20 @@ MUST = [
 ]
 
 
-def expected_package() -> set[str]:
+def sources(checkout: Path, *folders: str) -> set[str]:
+    """Files under some folders of the copied checkout; a link is not followed."""
+    found = {path for folder in folders for path in (checkout / folder).rglob("*")}
+    links = [path for path in found if path.is_symlink()]
+    inside = {path for path in found if path.is_file() and path.suffix not in (".so", ".pyc")}
+    assert not any(path.is_relative_to(link) for path in inside for link in links)
+    return {path.relative_to(checkout).as_posix() for path in inside}
+
+
+def expected_package(checkout: Path) -> set[str]:
     """Every file of the package in the checkout, the kernels by their real files."""
-    package = {p.relative_to("python").as_posix() for p in known_files("python")}
-    kernels = {f"promptkd/{p.as_posix()}" for p in known_files("kernels")}
-    return (package - {"promptkd/kernels"}) | kernels | {"promptkd/_rust.abi3.so"}
+    package = {name.removeprefix("python/") for name in sources(checkout, "python")}
+    kernels = {f"promptkd/{name}" for name in sources(checkout, "kernels")}
+    return package | kernels | {"promptkd/_rust.abi3.so"}
 
 
 @pytest.fixture(params=["wheel", "wheel_from_sdist"])
@@ -48,11 +57,11 @@ def built(request: pytest.FixtureRequest) -> Path:
     return found
 
 
-def test_wheel_holds_the_package_and_nothing_else(built: Path) -> None:
+def test_wheel_holds_the_package_and_nothing_else(built: Path, checkout: Path) -> None:
     inside = members(built)
     assert [name for name in MUST if name not in inside] == []
     package = {name for name in inside if name.startswith("promptkd/")}
-    assert package == expected_package()
+    assert package == expected_package(checkout)
     assert {name for name in inside - package if ".dist-info/" not in name} == set()
     with zipfile.ZipFile(built) as archive:
         pictures = [n for n in inside if n.startswith("promptkd/demo_data/images/")]
@@ -78,20 +87,22 @@ def test_wheel_says_what_it_is(built: Path) -> None:
     assert "MIT" in licence
     assert "promptkd.distill" in str(metadata.get_payload())  # the README
     assert "promptkd=promptkd.cli:main" in scripts.replace(" ", "")
-    declared = {Requirement(r).name.lower() for r in PYPROJECT["project"]["dependencies"]}
+    declared = {
+        canonicalize_name(Requirement(r).name) for r in PYPROJECT["project"]["dependencies"]
+    }
     required = {Requirement(r) for r in metadata.get_all("Requires-Dist") or []}
-    plain = {r.name.lower() for r in required if "extra" not in str(r.marker)}
+    plain = {canonicalize_name(r.name) for r in required if "extra" not in str(r.marker)}
     assert plain == declared
     assert set(metadata.get_all("Provides-Extra") or []) == set(
         PYPROJECT["project"]["optional-dependencies"]
     )
 
 
-def test_sdist_holds_the_sources(sdist: Path) -> None:
+def test_sdist_holds_the_sources(sdist: Path, checkout: Path) -> None:
     inside = members(sdist)
-    sources = {p.as_posix() for p in known_files("python", "kernels", "rust/src", "rust/shim")}
-    sources |= {f"{LINK}/{Path(name).name}" for name in sources if name.startswith("kernels/")}
-    sources |= {"pyproject.toml", "README.md", "LICENSE", "PKG-INFO"}
-    sources |= {"rust/Cargo.toml", "rust/Cargo.lock", "rust/build.rs"}
-    assert sources - {LINK} - inside == set()
+    wanted = sources(checkout, "python", "kernels", "rust/src", "rust/shim")
+    wanted |= {f"python/promptkd/{name}" for name in sources(checkout, "kernels")}
+    wanted |= {"pyproject.toml", "README.md", "LICENSE", "PKG-INFO"}
+    wanted |= {"rust/Cargo.toml", "rust/Cargo.lock", "rust/build.rs"}
+    assert wanted - inside == set()
     assert [name for name in inside if name.endswith((".so", ".pyc")) or "/target/" in name] == []
