@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from huggingface_hub import file_download
 from promptkd import benchmarks
-from promptkd.benchmarks import check, download
+from promptkd.benchmarks import catalogue, check, download
 from promptkd.benchmarks.hub import unpack
 from promptkd.benchmarks.layouts import LAYOUTS
 from promptkd.errors import DataError
@@ -90,6 +90,19 @@ def test_lists_as_images(root: Path) -> None:
     there = benchmarks.load("dtd", moved).few_shot(4, 1).novel()
     assert there.images("train").digest() == data.images("train").digest()
     assert len(benchmarks.load("imagenet-r", moved).images("train")) == 0
+
+
+def test_the_catalogue_tells_what_can_be_read_and_fetched(tree: Any) -> None:
+    entries = catalogue()
+    assert [e.key for e in entries] == list(benchmarks.PAPER)
+    assert [e.key for e in entries if not e.downloadable] == ["imagenet"]
+    assert [e.folder for e in entries if e.test_only] == [
+        "imagenetv2", "imagenet-sketch", "imagenet-adversarial", "imagenet-rendition",
+    ]  # fmt: skip
+    for entry in (e for e in entries if e.key in ("dtd", "fgvc_aircraft", "imagenet_r")):
+        data = benchmarks.load(entry.title, tree(SEED, benchmarks.PAPER[entry.key].name))
+        assert (data.paper.key, data.template) == (entry.key, entry.template)
+        assert f"  {entry.folder}/" in entry.expected
 
 
 # ---------------------------------------------------------------- a stand-in of the hub

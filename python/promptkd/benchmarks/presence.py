@@ -53,6 +53,38 @@ class DatasetReport:
         return f"{self.num_classes} classes, the paper's has {self.paper_classes}"
 
 
+@dataclass(frozen=True, slots=True)
+class CatalogueEntry:
+    """One dataset that `load` reads."""
+
+    key: str
+    title: str
+    num_classes: int
+    folder: str
+    template: str
+    expected: str
+    downloadable: bool
+    """Whether the hub's repository has it: all but ImageNet."""
+    test_only: bool
+
+
+def catalogue() -> list[CatalogueEntry]:
+    """The 15 datasets: the paper's 11, then the four ImageNet variants."""
+    return [
+        CatalogueEntry(
+            key,
+            paper.title,
+            paper.num_classes,
+            LAYOUTS[key].folder,
+            LAYOUTS[key].template,
+            LAYOUTS[key].describe(),
+            downloadable=key != "imagenet",
+            test_only=LAYOUTS[key].test_only,
+        )
+        for key, paper in PAPER.items()
+    ]
+
+
 def check(
     path: str | Path, datasets: Sequence[str] | None = None, *, split_seed: int | None = None
 ) -> list[DatasetReport]:
