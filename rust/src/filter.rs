@@ -31,13 +31,11 @@ impl Filter {
             }
             Filter::Bicubic => {
                 const A: f64 = -0.5;
-                if x < 1.0 {
-                    ((A + 2.0) * x - (A + 3.0)) * x * x + 1.0
-                } else if x < 2.0 {
-                    (((x - 5.0) * x + 8.0) * x - 4.0) * A
-                } else {
-                    0.0
-                }
+                // Both pieces, then a choice: no branch to guess.
+                let inner = ((A + 2.0) * x - (A + 3.0)) * x * x + 1.0;
+                let outer = (((x - 5.0) * x + 8.0) * x - 4.0) * A;
+                let outer = if x < 2.0 { outer } else { 0.0 };
+                if x < 1.0 { inner } else { outer }
             }
         }
     }
@@ -89,17 +87,9 @@ impl Taps {
             let len = high.saturating_sub(low);
             self.starts.push(low as u32);
             self.lens.push(len as u32);
-            self.raw.clear();
-            self.raw.extend(
-                (0..len).map(|x| axis.filter.weight(((x + low) as f64 - center + 0.5) * inverse)),
-            );
-            let sum: f64 = self.raw.iter().fold(0.0, |sum, w| sum + w);
             let row = &mut self.weights[i * self.stride..][..len];
-            for (weight, raw) in row.iter_mut().zip(&self.raw) {
-                let w = if sum != 0.0 { raw / sum } else { *raw };
-                let half = if w < 0.0 { -0.5 } else { 0.5 };
-                *weight = (half + w * f64::from(1u32 << PRECISION)) as i32;
-            }
+            self.raw.resize(self.stride, 0.0);
+            weights(axis.filter, low, center, inverse, &mut self.raw[..len], row);
         }
     }
 
@@ -108,6 +98,38 @@ impl Taps {
         let low = self.starts.iter().copied().min().unwrap_or(0);
         let high = self.starts.iter().zip(&self.lens).map(|(s, l)| s + l).max().unwrap_or(0);
         (low as usize, high as usize)
+    }
+}
+
+/// The weights of one output, whose first input sample is `low`.
+fn weights(
+    filter: Filter,
+    low: usize,
+    center: f64,
+    inverse: f64,
+    raw: &mut [f64],
+    out: &mut [i32],
+) {
+    // Positions stay far below 2^31; a conversion from 32 bits is one instruction.
+    let low = low as i32;
+    match filter {
+        Filter::Bilinear => {
+            for (x, w) in (low..).zip(raw.iter_mut()) {
+                *w = Filter::Bilinear.weight((f64::from(x) - center + 0.5) * inverse);
+            }
+        }
+        Filter::Bicubic => {
+            for (x, w) in (low..).zip(raw.iter_mut()) {
+                *w = Filter::Bicubic.weight((f64::from(x) - center + 0.5) * inverse);
+            }
+        }
+    }
+    let sum: f64 = raw.iter().fold(0.0, |sum, w| sum + w);
+    let sum = if sum == 0.0 { 1.0 } else { sum };
+    for (weight, raw) in out.iter_mut().zip(raw) {
+        let w = *raw / sum;
+        let half = if w < 0.0 { -0.5 } else { 0.5 };
+        *weight = (half + w * f64::from(1u32 << PRECISION)) as i32;
     }
 }
 

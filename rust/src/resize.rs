@@ -60,6 +60,7 @@ struct Plane {
     vertical: Taps,
     across: Packed,
     down: Packed,
+    tiles: Vec<u8>,
     /// Groups of four rows, interleaved.
     rows: Vec<u8>,
     fit: Option<(Fit, Fit)>,
@@ -115,8 +116,8 @@ impl Resizer {
         let [x, y, right, bottom] = need;
         let level = self.level.unwrap_or_else(Level::current);
         for plane in &mut self.planes[..targets.len()] {
-            plane.across.fill(&plane.horizontal, x, false, level);
-            plane.down.fill(&plane.vertical, y, true, level);
+            plane.across.fill(&plane.horizontal, x, level);
+            plane.down.fill(&plane.vertical, y, level);
         }
         let region = Rect { x, y, width: right - x, height: bottom - y };
         self.region = Some(region);
@@ -178,7 +179,8 @@ impl Plane {
     /// The horizontal pass over a group of rows.
     fn take(&mut self, rows: [&[u8]; GROUP], index: usize) {
         let bytes = group_bytes(self.across.starts.len());
-        simd::horizontal(rows, &self.across, &mut self.rows[index * bytes..][..bytes]);
+        let out = &mut self.rows[index * bytes..][..bytes];
+        simd::horizontal(rows, &self.across, &mut self.tiles, out);
     }
 
     /// The vertical pass for every output row whose input is complete.

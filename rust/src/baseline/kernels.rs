@@ -68,8 +68,11 @@ impl Plane {
     /// Writes the pixels of a block whose coefficients are `block` to the eight rows from `row`
     /// on.
     pub fn put_block(&mut self, row: usize, column: usize, quant: &Aligned, block: &Aligned) {
-        assert!(column + 8 <= self.stride);
-        let rows: [Row; 8] = std::array::from_fn(|i| self.row(row + i));
+        let stride = self.stride;
+        assert!(column + 8 <= stride);
+        let samples = self.samples[row * stride..][..8 * stride].as_mut_ptr();
+        // SAFETY: the slice holds all eight rows.
+        let rows: [Row; 8] = std::array::from_fn(|i| unsafe { samples.add(i * stride) });
         // SAFETY: both arrays are aligned, and all eight rows hold `column + 8` bytes.
         unsafe {
             jsimd_idct_islow_avx2(quant.0.as_ptr(), block.0.as_ptr(), rows.as_ptr(), column as u32);

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::Packed;
+use super::{Packed, TILE};
 use crate::filter::PRECISION;
 use crate::resize::GROUP;
 
@@ -51,35 +51,38 @@ fn broadcast(words: &[u32]) -> [__m256i; 4] {
     [words[0], words[1], words[2], words[3]].map(|w| _mm256_set1_epi32(w as i32))
 }
 
-/// SAFETY: rows must hold 16 bytes from the first byte of every group of taps on, and `out` 16
-/// bytes from the first byte of every output pixel on (`super::horizontal` checks both).
+/// SAFETY: rows must hold 12 bytes for every tile and 4 more, `tiles` must reach to the end of
+/// the taps, and `out` must hold 12 bytes for every output and 4 more (`super::horizontal`
+/// checks it).
 #[target_feature(enable = "avx2")]
-pub unsafe fn horizontal(rows: [&[u8]; GROUP], taps: &Packed, out: &mut [u8]) {
-    let both = |lane: __m128i| _mm256_broadcastsi128_si256(lane);
-    let even = both(_mm_setr_epi8(0, -1, 6, -1, 1, -1, 7, -1, 2, -1, 8, -1, -1, -1, -1, -1));
-    let odd = both(_mm_setr_epi8(3, -1, 9, -1, 4, -1, 10, -1, 5, -1, 11, -1, -1, -1, -1, -1));
+pub unsafe fn horizontal(rows: [&[u8]; GROUP], taps: &Packed, tiles: &mut [u8], out: &mut [u8]) {
+    let by_channel = _mm_setr_epi8(0, 3, 6, 9, 1, 4, 7, 10, 2, 5, 8, 11, -1, -1, -1, -1);
     let by_row = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    let mask = _mm256_set1_epi16(0xff);
     let rows = rows.map(|row| row.as_ptr());
+    for (t, tile) in tiles.chunks_exact_mut(TILE).enumerate() {
+        for (row, lane) in rows.iter().zip(tile.chunks_exact_mut(16)) {
+            // SAFETY: the caller promises 16 readable bytes here; a lane has 16.
+            unsafe {
+                let pixels = _mm_loadu_si128(row.add(t * 12).cast());
+                let lane = lane.as_mut_ptr().cast();
+                _mm_storeu_si128(lane, _mm_shuffle_epi8(pixels, by_channel));
+            }
+        }
+    }
     let all = taps.starts.iter().zip(&taps.counts).zip(taps.words.chunks_exact(taps.stride * 4));
     for (x, ((&start, &count), words)) in all.enumerate() {
         let mut sums = [Sums::new(); 2];
         for (g, words) in words.chunks_exact(4).take(count as usize).enumerate() {
-            let at = (start as usize + g * GROUP) * 3;
             let weights = broadcast(words);
-            for (pair, sum) in rows.chunks_exact(2).zip(&mut sums) {
-                // SAFETY: the caller promises 16 readable bytes here.
-                let pixels = unsafe {
-                    let load = |row: *const u8| _mm_loadu_si128(row.add(at).cast());
-                    _mm256_inserti128_si256::<1>(
-                        _mm256_castsi128_si256(load(pair[0])),
-                        load(pair[1]),
-                    )
+            for (half, sum) in sums.iter_mut().enumerate() {
+                // SAFETY: the caller promises that the taps end within the tiles.
+                let samples = unsafe {
+                    let at = tiles.as_ptr().add((start as usize + g) * TILE + half * 32);
+                    _mm256_loadu_si256(at.cast())
                 };
-                sum.add(
-                    _mm256_shuffle_epi8(pixels, even),
-                    _mm256_shuffle_epi8(pixels, odd),
-                    weights,
-                );
+                let even = _mm256_and_si256(samples, mask);
+                sum.add(even, _mm256_srli_epi16::<8>(samples), weights);
             }
         }
         // The lanes are rows 0 and 1, and rows 2 and 3; packing puts 0, 2 and 1, 3 together.

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::Packed;
+use super::{Packed, TILE};
 use crate::filter::PRECISION;
 use crate::resize::GROUP;
 
@@ -47,33 +47,34 @@ fn broadcast(words: &[u32]) -> [__m512i; 3] {
     [words[0], words[1], words[2]].map(|w| _mm512_set1_epi32(w as i32))
 }
 
-/// SAFETY: rows must hold 16 bytes from the first byte of every group of taps on, and `out` 16
-/// bytes from the first byte of every output pixel on (`super::horizontal` checks both).
+/// SAFETY: rows must hold 12 bytes for every tile and 4 more, `tiles` must reach to the end of
+/// the taps, and `out` must hold 12 bytes for every output and 4 more (`super::horizontal`
+/// checks it).
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni")]
-pub unsafe fn horizontal(rows: [&[u8]; GROUP], taps: &Packed, out: &mut [u8]) {
+pub unsafe fn horizontal(rows: [&[u8]; GROUP], taps: &Packed, tiles: &mut [u8], out: &mut [u8]) {
     let by_channel =
         _mm512_broadcast_i32x4(_mm_setr_epi8(0, 3, 6, 9, 1, 4, 7, 10, 2, 5, 8, 11, -1, -1, -1, -1));
     let by_row = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
     let rows = rows.map(|row| row.as_ptr());
+    for (t, tile) in tiles.chunks_exact_mut(TILE).enumerate() {
+        // SAFETY: the caller promises 16 readable bytes here; a tile has 64.
+        unsafe {
+            let load = |row: *const u8| _mm_loadu_si128(row.add(t * 12).cast());
+            let low = _mm512_inserti32x4::<1>(_mm512_castsi128_si512(load(rows[0])), load(rows[1]));
+            let mid = _mm512_inserti32x4::<2>(low, load(rows[2]));
+            let all = _mm512_inserti32x4::<3>(mid, load(rows[3]));
+            _mm512_storeu_si512(tile.as_mut_ptr().cast(), _mm512_shuffle_epi8(all, by_channel));
+        }
+    }
     let all = taps.starts.iter().zip(&taps.counts).zip(taps.words.chunks_exact(taps.stride * 3));
     for (x, ((&start, &count), words)) in all.enumerate() {
         let mut sums = Sums::new();
         for (g, words) in words.chunks_exact(3).take(count as usize).enumerate() {
-            let at = (start as usize + g * GROUP) * 3;
-            // SAFETY: the caller promises 16 readable bytes here.
-            let pixels = unsafe {
-                let load = |row: *const u8| _mm_loadu_si128(row.add(at).cast());
-                let low = _mm256_inserti128_si256::<1>(
-                    _mm256_castsi128_si256(load(rows[0])),
-                    load(rows[1]),
-                );
-                let high = _mm256_inserti128_si256::<1>(
-                    _mm256_castsi128_si256(load(rows[2])),
-                    load(rows[3]),
-                );
-                _mm512_inserti64x4::<1>(_mm512_castsi256_si512(low), high)
+            // SAFETY: the caller promises that the taps end within the tiles.
+            let tile = unsafe {
+                _mm512_loadu_si512(tiles.as_ptr().add((start as usize + g) * TILE).cast())
             };
-            sums.add(_mm512_shuffle_epi8(pixels, by_channel), broadcast(words));
+            sums.add(tile, broadcast(words));
         }
         let values = _mm_shuffle_epi8(sums.clip(), by_row);
         // SAFETY: the caller promises 16 writable bytes here.

@@ -84,7 +84,7 @@ static CHOSEN: AtomicU8 = AtomicU8::new(BEST);
 /// Weights as a level's instructions want them, in groups of four.
 #[derive(Debug, Default)]
 pub struct Packed {
-    /// Where each output's first group begins: a pixel, or a group of four rows.
+    /// Each output's first group of four pixels or rows.
     pub starts: Vec<u32>,
     /// Groups of each output.
     pub counts: Vec<u32>,
@@ -92,6 +92,8 @@ pub struct Packed {
     pub stride: usize,
     /// The weights, `words_per_group` each.
     pub words: Vec<u32>,
+    /// One past the last group that any output reads.
+    end: usize,
     level: Option<Level>,
 }
 
@@ -104,22 +106,24 @@ fn words_per_group(level: Level) -> usize {
 }
 
 impl Packed {
-    /// Packs `taps`, whose starts count from `origin`. With `aligned`, groups begin at multiples
-    /// of four behind the origin, and starts count groups.
-    pub fn fill(&mut self, taps: &Taps, origin: usize, aligned: bool, level: Level) {
+    /// Packs `taps`, whose starts count from `origin`, into groups that begin at multiples of
+    /// four behind the origin.
+    pub fn fill(&mut self, taps: &Taps, origin: usize, level: Level) {
         let words = words_per_group(level);
         self.level = Some(level);
-        self.stride = taps.stride.div_ceil(GROUP) + usize::from(aligned);
+        self.stride = taps.stride.div_ceil(GROUP) + 1;
+        self.end = 0;
         self.starts.clear();
         self.counts.clear();
         self.words.clear();
         self.words.resize(taps.starts.len() * self.stride * words, 0);
         for (i, (&start, &len)) in taps.starts.iter().zip(&taps.lens).enumerate() {
             let start = start as usize - origin;
-            let lead = if aligned { start % GROUP } else { 0 };
+            let lead = start % GROUP;
             let count = (lead + len as usize).div_ceil(GROUP);
-            self.starts.push(if aligned { start / GROUP } else { start } as u32);
+            self.starts.push((start / GROUP) as u32);
             self.counts.push(count as u32);
+            self.end = self.end.max(start / GROUP + count);
             let weights = &taps.weights[i * taps.stride..][..len as usize];
             let out = &mut self.words[i * self.stride * words..][..count * words];
             for (g, out) in out.chunks_exact_mut(words).enumerate() {
@@ -132,12 +136,6 @@ impl Packed {
                 pack(std::array::from_fn(weight), level, out);
             }
         }
-    }
-
-    /// One past the last pixel or group that any output reads.
-    fn end(&self, per_group: usize) -> usize {
-        let ends = self.starts.iter().zip(&self.counts);
-        ends.map(|(s, c)| *s as usize + *c as usize * per_group).max().unwrap_or(0)
     }
 }
 
@@ -176,21 +174,27 @@ fn pack(weights: [i32; 4], level: Level, out: &mut [u32]) {
     }
 }
 
-/// The horizontal pass over a group of rows: `rows` holds four rows, one each `stride` bytes,
-/// with `PAD` readable bytes behind the last. Output pixel x takes bytes 12x to 12x + 11 of
-/// `out`: the four rows' red, then green, then blue; `PAD` bytes behind the last may be
-/// overwritten.
-pub fn horizontal(rows: [&[u8]; GROUP], taps: &Packed, out: &mut [u8]) {
-    let needed = taps.end(GROUP) * 3 + 4;
-    assert!(rows.iter().all(|row| row.len() >= needed));
+/// Bytes of a group of four pixels of four rows: the four pixels' red of a row, then their green,
+/// blue and four bytes of nothing, then the next row.
+pub const TILE: usize = 64;
+
+/// The horizontal pass over a group of rows, with `PAD` readable bytes behind the last pixel.
+/// Output pixel x takes bytes 12x to 12x + 11 of `out`: the four rows' red, then green, then
+/// blue; four bytes behind the last may be overwritten. `tiles` is scratch.
+pub fn horizontal(rows: [&[u8]; GROUP], taps: &Packed, tiles: &mut Vec<u8>, out: &mut [u8]) {
+    assert!(rows.iter().all(|row| row.len() >= taps.end * GROUP * 3 + 4));
     assert!(out.len() >= taps.starts.len() * 3 * GROUP + 4);
+    if tiles.len() < taps.end * TILE {
+        tiles.resize(taps.end * TILE, 0);
+    }
+    let tiles = &mut tiles[..taps.end * TILE];
     match taps.level.expect("packed") {
-        Level::Portable => portable::horizontal(rows, taps, out),
+        Level::Portable => portable::horizontal(rows, taps, tiles, out),
         // SAFETY: the level was packed for, so it is available; lengths are checked above.
         #[cfg(target_arch = "x86_64")]
-        Level::Avx2 => unsafe { avx2::horizontal(rows, taps, out) },
+        Level::Avx2 => unsafe { avx2::horizontal(rows, taps, tiles, out) },
         #[cfg(target_arch = "x86_64")]
-        Level::Avx512 => unsafe { avx512::horizontal(rows, taps, out) },
+        Level::Avx512 => unsafe { avx512::horizontal(rows, taps, tiles, out) },
         #[cfg(not(target_arch = "x86_64"))]
         _ => unreachable!("not available here"),
     }

@@ -1,6 +1,6 @@
 //! The passes in plain Rust: what the others are tested against.
 
-use super::Packed;
+use super::{Packed, TILE};
 use crate::filter::PRECISION;
 use crate::resize::GROUP;
 
@@ -11,20 +11,29 @@ fn clip(sum: i32) -> u8 {
     (sum >> PRECISION).clamp(0, 255) as u8
 }
 
-pub fn horizontal(rows: [&[u8]; GROUP], taps: &Packed, out: &mut [u8]) {
-    for (x, out) in out.chunks_exact_mut(3 * GROUP).take(taps.starts.len()).enumerate() {
-        let weights = &taps.words[x * taps.stride * GROUP..][..taps.counts[x] as usize * GROUP];
-        for (r, row) in rows.iter().enumerate() {
-            let pixels = row[taps.starts[x] as usize * 3..].chunks_exact(3);
-            let mut sums = [HALF; 3];
-            for (w, p) in weights.iter().zip(pixels) {
-                for (sum, value) in sums.iter_mut().zip(p) {
-                    *sum = sum.wrapping_add((*w as i32).wrapping_mul(i32::from(*value)));
+pub fn horizontal(rows: [&[u8]; GROUP], taps: &Packed, tiles: &mut [u8], out: &mut [u8]) {
+    for (t, tile) in tiles.chunks_exact_mut(TILE).enumerate() {
+        for (lane, row) in tile.chunks_exact_mut(16).zip(rows) {
+            for (j, pixel) in row[t * 12..t * 12 + 12].chunks_exact(3).enumerate() {
+                for (c, value) in pixel.iter().enumerate() {
+                    lane[c * GROUP + j] = *value;
                 }
             }
-            for (c, sum) in sums.into_iter().enumerate() {
-                out[c * GROUP + r] = clip(sum);
+        }
+    }
+    for (x, out) in out.chunks_exact_mut(3 * GROUP).take(taps.starts.len()).enumerate() {
+        let weights = &taps.words[x * taps.stride * GROUP..][..taps.counts[x] as usize * GROUP];
+        let tiles = &tiles[taps.starts[x] as usize * TILE..];
+        for (at, value) in out.iter_mut().enumerate() {
+            let (c, r) = (at / GROUP, at % GROUP);
+            let mut sum = HALF;
+            for (w, tile) in weights.chunks_exact(GROUP).zip(tiles.chunks_exact(TILE)) {
+                let samples = &tile[r * 16 + c * GROUP..][..GROUP];
+                for (w, sample) in w.iter().zip(samples) {
+                    sum = sum.wrapping_add((*w as i32).wrapping_mul(i32::from(*sample)));
+                }
             }
+            *value = clip(sum);
         }
     }
 }
