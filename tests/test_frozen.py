@@ -9,6 +9,7 @@ import torch
 from open_clip.transformer import QuickGELU
 from promptkd import frozen
 from promptkd.clip import TextTower, VisionTower, cut_tokens
+from promptkd.errors import ModelError
 from promptkd.frozen import (
     FrozenAttention,
     FrozenLinear,
@@ -87,7 +88,7 @@ def test_linear(
 def test_packed_weights_are_in_use() -> None:
     """Where they pay, a float32 layer does not go through F.linear."""
     layer = FrozenLinear(torch.randn(OUT, IN), None)
-    layer(torch.randn(2, IN))
+    layer(torch.randn(16, IN))
     assert bool(layer._packs) is packs(torch.float32)
     assert not packs(torch.float64)
 
@@ -95,7 +96,7 @@ def test_packed_weights_are_in_use() -> None:
 def test_packed_weights_follow_the_plain_ones(packing: bool, generator: torch.Generator) -> None:
     """Loading, casting, copying and replacing weights after use; the state dict stays plain."""
     weight, other = torch.randn(2, OUT, IN, generator=generator).unbind(0)
-    bias, x = torch.zeros(OUT), torch.randn(3, IN, generator=generator)
+    bias, x = torch.zeros(OUT), torch.randn(37, IN, generator=generator)
     layer = FrozenLinear(weight, bias)
     layer(x.clone().requires_grad_()).sum().backward()
     state = layer.state_dict()
@@ -119,12 +120,12 @@ def test_packed_weights_survive_inference_mode(packing: bool, generator: torch.G
     """What was packed while only predicting serves a training step too, and the reverse."""
     with torch.inference_mode():
         layer = FrozenLinear(torch.randn(OUT, IN, generator=generator), None)
-        layer(torch.randn(2, IN, generator=generator))
+        layer(torch.randn(37, IN, generator=generator))
     plain = FrozenLinear(layer.weight.clone(), None)
     with torch.inference_mode():
-        plain(torch.randn(2, IN, generator=generator))
+        plain(torch.randn(37, IN, generator=generator))
     weight = plain.weight
-    both_gradients(plain, lambda x: F.linear(x, weight), (3, IN), torch.float32, generator)
+    both_gradients(plain, lambda x: F.linear(x, weight), (37, IN), torch.float32, generator)
 
 
 def test_the_same_bits_every_time(packing: bool, generator: torch.Generator) -> None:
@@ -301,18 +302,108 @@ def make_text() -> Any:
         ).eval()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_text_tower(packing: bool, dtype: torch.dtype, generator: torch.Generator) -> None:
-    text = make_text().to(dtype)
-    tokens = torch.randint(1, 48, (7, 16), generator=generator)
+def make_tokens(shared: int, generator: torch.Generator) -> Tensor:
+    """Seven rows of 16 ids that have `shared` in common, with end tokens at several places."""
+    tokens = torch.randint(1, 47, (7, 16), generator=generator)
     tokens[:, 0] = 48
-    for row, end in enumerate([3, 5, 9, 9, 4, 6, 3]):
-        tokens[row, end:] = 0
+    tokens[:, 1:shared] = 7
+    if shared < 16:
+        tokens[0, shared] = 47
+    for row, end in enumerate([8, 9, 13, 13, 10, 11, 8]):
+        tokens[row, end + 1 :] = 0
         tokens[row, end] = 49
+    return tokens
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("shared", [1, 5, 8])
+def test_text_tower(
+    packing: bool, shared: int, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    text = make_text().to(dtype)
+    tokens = make_tokens(shared, generator)
+    ours = TextTower(text, dtype)
     with torch.no_grad():
         theirs = text(tokens)
-        close(TextTower(text, dtype)(tokens), theirs, dtype)
-        close(TextTower(text, dtype)(cut_tokens(tokens)), theirs, dtype)
+        close(ours(tokens), theirs, dtype)
+        close(ours(cut_tokens(tokens)), theirs, dtype)
+        close(ours(tokens[2:3]), theirs[2:3], dtype)
+
+
+class HookedText(nn.Module):
+    """The official way: whole sentences, context tokens replaced block by block."""
+
+    def __init__(self, text: Any) -> None:
+        super().__init__()
+        self.text = text
+
+    def forward(self, tokens: Tensor, prompts: Tensor) -> Tensor:
+        text, count = self.text, prompts.shape[1]
+
+        def put(x: Tensor, layer: int) -> Tensor:
+            inner = prompts[layer].expand(len(x), -1, -1)
+            return torch.cat([x[:, :1], inner, x[:, 1 + count :]], dim=1)
+
+        x = put(text.token_embedding(tokens), 0) + text.positional_embedding
+        for layer, block in enumerate(text.transformer.resblocks):
+            x = block(
+                put(x, layer) if 0 < layer < len(prompts) else x, attn_mask=text.build_causal_mask()
+            )
+        ends = text.ln_final(x)[torch.arange(len(x)), tokens.argmax(dim=-1)]
+        features: Tensor = ends @ text.text_projection
+        return features
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("in_chunks", [False, True])
+def test_prompted_text_tower(
+    packing: bool, depth: int, in_chunks: bool, dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    """Outputs and prompt gradients, with the graph kept and with chunks computed again."""
+    text = make_text().to(dtype).requires_grad_(False)
+    tokens = make_tokens(5, generator)
+    ours = TextTower(text, dtype)
+    if in_chunks:
+        ours.graph_bytes = 1  # chunks of a single row
+    both_gradients(
+        lambda stacked: ours(tokens, list(stacked.unbind(0))),
+        lambda stacked: HookedText(text)(tokens, stacked),
+        (depth, 4, 48),
+        dtype,
+        generator,
+    )
+
+
+def test_chunks_keep_less(generator: torch.Generator) -> None:
+    """Computing chunks again gives the same gradients to 1e-10 and holds a smaller graph."""
+    ours = TextTower(make_text().double(), torch.float64)
+    tokens = make_tokens(5, generator)
+    kept, gradients = [], []
+    for graph_bytes in (1024**3, 1):
+        ours.graph_bytes = graph_bytes
+        prompts = torch.randn(3, 4, 48, dtype=torch.float64).fill_(0.3).requires_grad_()
+        sizes: list[int] = []
+
+        def note(saved: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(saved.numel())
+            return saved
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            features = ours(tokens, list(prompts.unbind(0)))
+        features.square().sum().backward()
+        assert prompts.grad is not None
+        kept.append(sum(sizes))
+        gradients.append(prompts.grad)
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-10, atol=1e-10)
+    assert kept[1] < kept[0] / 5
+
+
+def test_rows_must_begin_alike(generator: torch.Generator) -> None:
+    tokens = make_tokens(1, generator)
+    tokens[0, 0] = 3
+    with pytest.raises(ModelError, match="begin with a start token"):
+        TextTower(make_text())(tokens)
 
 
 def test_freeze_keeps_the_tower_private() -> None:

@@ -23,6 +23,7 @@ from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from promptkd.errors import CheckpointError, ModelError
 from promptkd.frozen import freeze, run_block
@@ -172,11 +173,16 @@ def _class_token(x: Tensor) -> Tensor:
     return x[:, :1]
 
 
+_GRAPH_WIDTHS = 14  # values kept for a token in a block, in units of the width
+
+
 class TextTower(nn.Module):
     """open_clip's causal text transformer, frozen; reads no further than the last end token."""
 
     positional_embedding: Tensor
     projection: Tensor
+    graph_bytes = 1024**3
+    """Largest graph (estimated) that is kept for the backward pass."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
         super().__init__()
@@ -200,29 +206,75 @@ class TextTower(nn.Module):
     def forward(self, tokens: Tensor, prompts: Sequence[Tensor] | None = None) -> Tensor:
         """Encode token ids (N, L) to raw features (N, D), read at the end token.
 
+        A graph of more than `graph_bytes` is not kept: the rows go through in chunks, each of
+        which is computed again in the backward pass, with the same gradients.
+
         Args:
-            tokens: ids; the end token is the largest id of a row. Everything behind the last
-                end token may be cut off beforehand: the tower is causal.
+            tokens: ids; the end token is the largest id of a row, and all rows begin alike. What
+                stands behind the end tokens is not looked at: the tower is causal.
             prompts: one (P, width) tensor a prompted layer. The first replaces the embeddings
                 of tokens 1..P, later ones what the block before made of them.
         """
-        length = tokens.shape[1]
-        rows, ends = torch.arange(len(tokens), device=tokens.device), tokens.argmax(dim=-1)
-        x = self.token_embedding(tokens)
+        prompts = list(prompts or ())
+        needs_graph = torch.is_grad_enabled() and any(p.requires_grad for p in prompts)
+        row_bytes = _GRAPH_WIDTHS * self.width * self.num_layers * tokens.shape[1]
+        row_bytes *= self.positional_embedding.element_size()
+        if not needs_graph or row_bytes * len(tokens) <= self.graph_bytes:
+            return self._encode(cut_tokens(tokens), prompts)
+        rows = max(1, self.graph_bytes // (4 * row_bytes))
+        parts = [
+            checkpoint(
+                self._encode,
+                cut_tokens(part),
+                prompts,
+                use_reentrant=False,
+                preserve_rng_state=False,
+            )
+            for part in tokens.split(rows)
+        ]
+        return torch.cat(parts)
+
+    def _encode(self, tokens: Tensor, prompts: Sequence[Tensor]) -> Tensor:
+        """Features (N, D). The words that all rows begin with go through once, not N times."""
+        length, ends = tokens.shape[1], tokens.argmax(dim=-1)
+        shared = _shared_prefix(tokens, ends, len(prompts[0]) if prompts else 0)
+        x = self.token_embedding(tokens[:, shared:]) + self.positional_embedding[shared:length]
+        head = self.token_embedding(tokens[:1, :shared])
         if prompts:
-            x = _put_context(x, prompts[0])
-        x = x + self.positional_embedding[:length]
+            head = _put_context(head, prompts[0])
+        head = head + self.positional_embedding[:shared]
         mask = torch.full((length, length), -math.inf, dtype=x.dtype, device=x.device).triu(1)
+        # The rest sees itself causally and, behind it, all of the shared words.
+        seen = torch.cat([mask[shared:, shared:], mask[shared:, :shared]], dim=1)
+        read = torch.arange(len(tokens), device=tokens.device), ends - shared
         for layer, block in enumerate(self.transformer.resblocks):
-            if prompts and 0 < layer < len(prompts):
-                x = _put_context(x, prompts[layer])
+            if 0 < layer < len(prompts):
+                head = _put_context(head, prompts[layer])
             if layer < self.num_layers - 1:
-                x = run_block(block, x, mask=mask)
-            else:  # read at the end tokens only
-                end_mask = mask[ends][:, None, None]
-                x = run_block(block, x, pick=lambda t: t[rows, ends][:, None], mask=end_mask)
+                x = run_block(block, x, extra=head[0], mask=seen)
+                head = run_block(block, head, mask=mask[:shared, :shared])
+            else:
+                x = run_block(
+                    block,
+                    x,
+                    extra=head[0],
+                    pick=lambda t: t[read][:, None],
+                    mask=seen[read[1]][:, None, None],
+                )
         features: Tensor = self.ln_final(x[:, 0]) @ self.projection
         return features
+
+
+def _shared_prefix(tokens: Tensor, ends: Tensor, num_prompts: int) -> int:
+    """How many leading tokens all rows of (N, L) have in common, prompts included; no end token."""
+    alike = (tokens == tokens[:1]).all(dim=0)
+    alike[1 : 1 + num_prompts] = True
+    shared = min(int(alike.int().cumprod(0).sum()), int(ends.min()))
+    if shared < 1 + num_prompts:
+        raise ModelError(
+            f"the token rows don't all begin with a start token and {num_prompts} prompts"
+        )
+    return shared
 
 
 def _put_context(x: Tensor, context: Tensor) -> Tensor:

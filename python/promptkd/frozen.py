@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from promptkd.errors import ModelError
 
 QUICK_GELU_SLOPE = 1.702
+_MIN_ROWS = 16  # a product of fewer rows gains nothing from packed weights, which take memory
 
 
 @functools.cache
@@ -155,7 +156,7 @@ def _can_pack(x: Tensor, weight: Tensor) -> bool:
         weight.device.type == "cpu"
         and x.dtype == weight.dtype
         and x.device == weight.device
-        and x.numel() > 0
+        and x.numel() >= _MIN_ROWS * x.shape[-1]
         and packs(x.dtype)
         and not _is_traced()
     )
