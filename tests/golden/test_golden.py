@@ -16,7 +16,7 @@ import torch
 from golden_set import GoldenSet
 from promptkd.clip import PRECISIONS, Clip, load_clip
 from promptkd.prompts import DeepPrompts, PromptedNames, plain_name
-from promptkd.stages.distill import Batch, DistillConfig, DistillStep, new_student
+from promptkd.stages.distill import DistillConfig, DistillStep, new_student
 from promptkd.stages.progress import Progress
 from promptkd.stages.run import Run, Training
 from promptkd.stages.teach import (
@@ -26,6 +26,7 @@ from promptkd.stages.teach import (
     finish_teacher,
     gpa_weights,
 )
+from promptkd.stages.views import Batch
 from promptkd.student import Student
 from promptkd.teacher import (
     Teacher,

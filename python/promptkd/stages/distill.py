@@ -9,7 +9,7 @@ prompts and projector train, nothing else.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -18,17 +18,16 @@ import torch
 from torch import Tensor
 
 from promptkd.benchmarks import paper
-from promptkd.clip import PRECISIONS, Clip, load_clip
-from promptkd.data.loader import CropRecipe, ViewLoader, epoch_order, prefetch, split_batches
+from promptkd.clip import Clip, load_clip
 from promptkd.data.sources import ImageList, check_class_names, unlabelled
-from promptkd.errors import CheckpointError, DataError, TrainingError
+from promptkd.errors import DataError
 from promptkd.loss import kd_loss
 from promptkd.prompts import DeepPrompts
 from promptkd.stages.holdout import Holdout, describe_teacher, split_holdout
 from promptkd.stages.progress import Progress
 from promptkd.stages.run import Run, TrainConfig, Training
 from promptkd.stages.teach import TeachConfig, pick_device, teach
-from promptkd.stages.views import TeacherViews
+from promptkd.stages.views import Batch, ViewBatches
 from promptkd.student import Projector, Student, StudentInfo
 from promptkd.teacher import Teacher, zero_shot_teacher
 
@@ -124,14 +123,6 @@ class DistillConfig(TrainConfig):
         return cls(**{**fields, **changes})
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """One step's input: normalised pixels (B, 3, H, W) and the teacher's unit features (B, D)."""
-
-    pixels: Tensor
-    teacher_features: Tensor
-
-
 class DistillStep:
     """The loss of a batch; holds the class vectors less their mean, which changes no softmax."""
 
@@ -171,7 +162,7 @@ def new_student(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         projector = Projector(clip.vision.output_dim, teacher.class_vectors.shape[1])
-    wide = _compute_dtype(config)
+    wide = config.compute_dtype
     info = StudentInfo(
         class_names=teacher.class_names,
         teacher=teacher.clip.name,
@@ -375,79 +366,3 @@ def _train(
         config=asdict(config),
     )
     holdout.verdict(student, progress)
-
-
-class ViewBatches:
-    """Batches of stage 2: pixels for the student and the teacher's features of the same views."""
-
-    def __init__(
-        self,
-        images: ImageList,
-        student: Student,
-        teacher: Teacher,
-        config: DistillConfig,
-        *,
-        orient: bool,
-        progress: Progress,
-    ) -> None:
-        self._images, self._student, self._config = images, student, config
-        self._dtype = _compute_dtype(config)
-        crop = CropRecipe(scale=config.crop_scale)
-        self._views = TeacherViews(
-            teacher,
-            images,
-            crop,
-            seed=config.seed,
-            orient=orient,
-            dtype=self._dtype,
-            progress=progress,
-        )
-        per_epoch = self.steps_per_epoch
-        num_epochs = -(-config.num_steps(per_epoch) // per_epoch)
-        self._period = self._views.plan(config.views, num_epochs)
-        both = [student.clip.preprocess, teacher.preprocess]
-        self._loader = ViewLoader(
-            images, both if self._period == 0 else both[:1], crop, seed=config.seed, orient=orient
-        )
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Batches an epoch."""
-        return len(split_batches(range(len(self._images)), self._config.batch_size))
-
-    @property
-    def failures(self) -> dict[int, str]:
-        """Pictures that could not be read, with the reason."""
-        return self._loader.failures.reasons
-
-    def batches(self, epoch: int, first: int) -> Iterator[Batch]:
-        """The batches of an epoch from number `first` on; rows that can't be read are left out."""
-        order = epoch_order(len(self._images), self._config.seed, epoch)
-        rows = split_batches(order, self._config.batch_size)[first:]
-        view = epoch % self._period if self._period else epoch
-        known = self._views.features(view) if self._period else None
-        for pixels, kept in prefetch(self._loader.load, [(r, view) for r in rows]):
-            if len(kept) < 2:
-                continue  # BatchNorm needs two
-            device = self._student.device
-            mine = self._student.clip.preprocess.normalize(pixels[0].to(device), self._dtype)
-            if known is not None:
-                yield Batch(mine, known[kept].to(device))
-            else:
-                yield Batch(mine, self._views.encode(pixels[1]))
-
-
-def _compute_dtype(config: TrainConfig) -> torch.dtype:
-    return torch.float64 if PRECISIONS[config.precision] == torch.float64 else torch.float32
-
-
-__all__ = [
-    "Batch",
-    "CheckpointError",
-    "DistillConfig",
-    "DistillStep",
-    "TrainingError",
-    "ViewBatches",
-    "distill",
-    "new_student",
-]

@@ -85,6 +85,11 @@ class TrainConfig:
             if not good:
                 raise ValueError(f"{type(self).__name__}: {message}")
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What trains is kept in, and losses are computed in: float32, or float64 with fp64."""
+        return torch.float64 if self.precision == "fp64" else torch.float32
+
     def num_steps(self, steps_per_epoch: int) -> int:
         """Steps that a run takes, given how many make an epoch."""
         steps = max(self.epochs * steps_per_epoch, self.min_steps)

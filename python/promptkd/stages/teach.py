@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from promptkd.clip import PRECISIONS, Clip, cut_tokens, load_clip
+from promptkd.clip import Clip, cut_tokens, load_clip
 from promptkd.data.loader import CropRecipe, ViewLoader, epoch_order, prefetch, split_batches
 from promptkd.data.sources import (
     ImageList,
@@ -198,13 +198,9 @@ class _FewShotBatches:
         for (pixels,), kept in prefetch(self.loader.load, [(r, epoch) for r in rows]):
             if kept:
                 images = self.clip.preprocess.normalize(
-                    pixels.to(self.clip.device), _compute_dtype(self.config)
+                    pixels.to(self.clip.device), self.config.compute_dtype
                 )
                 yield images, self.labels[kept].to(self.clip.device)
-
-
-def _compute_dtype(config: TrainConfig) -> torch.dtype:
-    return torch.float64 if PRECISIONS[config.precision] == torch.float64 else torch.float32
 
 
 def teach(
