@@ -10,7 +10,6 @@ from typing import Literal
 Teacher = Literal["features", "logits", "none"]  # none: statistics, or one side alone
 Design = Literal["small", "split", "hybrid"]
 
-SPLIT_WIDTH = 1024  # o of 16 rows fits in registers
 HYBRID_BATCH = 128
 HYBRID_CLASSES = 20_000
 PROGRAMS = 264  # two for each multiprocessor of an H100; more gain nothing
@@ -39,12 +38,13 @@ SMALL_TILES = {
     4: {64: Tile(16, 64, 32, 4, 2), 128: Tile(16, 128, 32, 8, 2)},
 }
 SPLIT_TILES = {
-    2: {768: Tile(16, 64, 64, 8, 2), 1024: Tile(16, 32, 64, 8, 2)},
-    4: {1024: Tile(16, 32, 32, 8, 2)},
+    2: {768: Tile(16, 64, 64, 8, 2), 1024: Tile(16, 32, 32, 8, 2)},
+    4: {768: Tile(16, 32, 32, 8, 2)},
 }
-STATISTICS_TILES = {2: Tile(64, 128, 64, 8, 3), 4: Tile(64, 64, 16, 8, 2)}
-DIFFERENCE_TILES = {2: Tile(64, 64, 64, 8, 3), 4: Tile(64, 64, 32, 8, 2)}
-TOP_K_TILES = {2: Tile(16, 128, 64, 4, 3), 4: Tile(16, 128, 32, 4, 2)}
+# One width for both: the same sums in the same order, so p = e^(z - lse) is consistent.
+STATISTICS_TILES = {2: Tile(64, 128, 32, 8, 3), 4: Tile(64, 64, 16, 8, 2)}
+DIFFERENCE_TILES = {2: Tile(64, 64, 32, 8, 3), 4: Tile(64, 64, 16, 8, 2)}
+TOP_K_TILES = {2: Tile(16, 128, 64, 8, 3), 4: Tile(16, 128, 32, 8, 2)}
 TOP_K_LARGEST = 64  # more go through plain torch, a tile of classes at a time
 
 
@@ -54,7 +54,9 @@ def choose_design(
     """Return the design for a shape."""
     if num_classes <= max(SMALL_TILES[element_size]) and teacher != "none":
         return "small"
-    if width > SPLIT_WIDTH or (batch >= HYBRID_BATCH and num_classes > HYBRID_CLASSES):
+    if not fits_split(width, element_size) or (
+        batch >= HYBRID_BATCH and num_classes > HYBRID_CLASSES
+    ):
         return "hybrid"
     return "split"
 
@@ -64,6 +66,11 @@ def small_tile(num_classes: int, element_size: int) -> Tile:
     tile = _first_fit(SMALL_TILES[element_size], num_classes)
     classes = max(16, next_power_of_two(num_classes))
     return Tile(tile.rows, classes, tile.width, tile.num_warps, tile.num_stages)
+
+
+def fits_split(width: int, element_size: int) -> bool:
+    """Return whether o of 16 rows of that width fits in registers."""
+    return width <= max(SPLIT_TILES[element_size])
 
 
 def split_tile(width: int, element_size: int) -> Tile:

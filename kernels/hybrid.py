@@ -3,7 +3,8 @@
 
     1. statistics_kernel   m and l of both sides, for each split of the classes
     2. difference_kernel   logits again; KL = sum p_t (e^x - 1 - x), u = sum g log p_s, and
-                           g = p_s - p_t of one chunk of classes into a scratch (B, chunk)
+                           g = p_s - p_t of one chunk of classes into a scratch (B, chunk);
+                           beside statistics g = p_s
        torch.mm            o_s - o_t += g W, chunk by chunk
     3. finish_kernel       loss, gradient, scale gradient of each row
 
@@ -161,9 +162,9 @@ def difference_kernel(
     temperature,
     factor_ptr,  # (2, B) float32
     state_ptr,  # (4, S, B) float32
-    scratch_ptr,  # (B, chunk) in the dtype of W, out: g / g_scale
+    scratch_ptr,  # (1 or 2, B, chunk) in the dtype of W, out: g / g_scale, and its low part
     sums_ptr,  # (2, P, B) float32, in and out: KL and u, P programs along the classes
-    out_ptr,  # (3, B) float32, out: g_scale, lse_s, lse_t
+    out_ptr,  # (2, B) float32, out: g_scale, lse_s
     B,
     N,
     D,
@@ -173,6 +174,7 @@ def difference_kernel(
     tiles_per_program,
     TEACHER: tl.constexpr,
     NEED_GRADIENT: tl.constexpr,
+    LOW_PART: tl.constexpr,  # of g too: beside statistics mu is taken off, and rounding shows
     ROWS: tl.constexpr,
     CLASSES: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -186,19 +188,17 @@ def difference_kernel(
     factor_s = tl.load(factor_ptr + row, mask=row_mask, other=0.0)
     factor_t = tl.load(factor_ptr + B + row, mask=row_mask, other=0.0)
     m_s, total_s = join_rows(state_ptr, row, row_mask, B, S, ROWS)
-    lse_s = m_s + tl.log(total_s)
+    log_total_s = tl.log(total_s)
     largest = 1.0 / total_s
-    lse_t = tl.zeros([ROWS], tl.float32)
     if TEACHER != "none":
         m_t, total_t = join_rows(
             state_ptr + 2 * tl.cast(S, tl.int64) * B, row, row_mask, B, S, ROWS
         )
-        lse_t = m_t + tl.log(total_t)
+        log_total_t = tl.log(total_t)
         largest = tl.maximum(largest, 1.0 / total_t)
     if program == 0:
         tl.store(out_ptr + row, largest, mask=row_mask)
-        tl.store(out_ptr + B + row, lse_s, mask=row_mask)
-        tl.store(out_ptr + 2 * B + row, lse_t, mask=row_mask)
+        tl.store(out_ptr + B + row, m_s + log_total_s, mask=row_mask)
 
     kl = tl.zeros([ROWS], tl.float32)
     u = tl.zeros([ROWS], tl.float32)
@@ -212,12 +212,13 @@ def difference_kernel(
             student_ptr, teacher_ptr, vectors_ptr, row, n, temperature, B, N, D,
             TEACHER, ROWS, CLASSES, WIDTH, PRECISION, UPCAST,
         )  # fmt: skip
-        log_s = z_s * factor_s[:, None] - lse_s[:, None]
+        log_s = (z_s * factor_s[:, None] - m_s[:, None]) - log_total_s[:, None]
         p_s = tl.exp(log_s)
         if TEACHER == "none":
             g = p_s
+            u += tl.sum(tl.where(mask, p_s * log_s, 0.0), 1)
         else:
-            log_t = z_t * factor_t[:, None] - lse_t[:, None]
+            log_t = (z_t * factor_t[:, None] - m_t[:, None]) - log_total_t[:, None]
             p_t = tl.exp(log_t)
             x = log_s - log_t
             near = tl.abs(x) < 0.25
@@ -227,9 +228,15 @@ def difference_kernel(
             g = tl.where(near, p_t * x + small_excess, p_s - p_t)
             u += tl.sum(tl.where(mask, g * log_s, 0.0), 1)
         if NEED_GRADIENT:
-            value = (g / largest[:, None]).to(scratch_ptr.dtype.element_ty)
+            g = g / largest[:, None]
+            high = g.to(scratch_ptr.dtype.element_ty)
             at = row[:, None] * chunk + place[None, :]
-            tl.store(scratch_ptr + at, value, mask=row_mask[:, None] & (place < chunk)[None, :])
+            at_mask = row_mask[:, None] & (place < chunk)[None, :]
+            tl.store(scratch_ptr + at, high, mask=at_mask)
+            if LOW_PART:
+                low = (g - high.to(tl.float32)).to(scratch_ptr.dtype.element_ty)
+                scratch_size = tl.cast(chunk, tl.int64) * B
+                tl.store(scratch_ptr + scratch_size + at, low, mask=at_mask)
     at = program * B + row
     size = tl.num_programs(1).to(tl.int64) * B
     kl += tl.load(sums_ptr + at, mask=row_mask, other=0.0)
@@ -249,7 +256,7 @@ def finish_kernel(
     weight,
     delta_ptr,  # (B, D) float32: g W / g_scale
     sums_ptr,  # (2, P, B) float32
-    out_ptr,  # (3, B) float32
+    out_ptr,  # (2, B) float32
     loss_ptr,  # (B,) float32
     gradient_ptr,  # (B, D) float32
     scale_gradient_ptr,  # (B,) float32
@@ -268,20 +275,20 @@ def finish_kernel(
     delta = tl.zeros([BLOCK_D], tl.float32)
     if NEED_GRADIENT:
         delta = tl.load(delta_ptr + offsets, mask=d < D, other=0.0) * tl.load(out_ptr + row)
+    i = tl.arange(0, BLOCK_P).to(tl.int64)
+    u = tl.sum(tl.load(sums_ptr + (P + i) * B + row, mask=i < P, other=0.0), 0)
     if mu_ptr is None:
-        i = tl.arange(0, BLOCK_P).to(tl.int64)
         kl = tl.sum(tl.load(sums_ptr + i * B + row, mask=i < P, other=0.0), 0)
-        u = tl.sum(tl.load(sums_ptr + (P + i) * B + row, mask=i < P, other=0.0), 0)
         along = u * temperature / scale
     else:
         mu = tl.load(mu_ptr + offsets, mask=d < D, other=0.0).to(tl.float32)
         f = tl.load(student_ptr + offsets, mask=d < D, other=0.0).to(tl.float32)
         inverse = inverse_norm(tl.sum(f * f))
         cosine = tl.sum(f * mu) * inverse
-        kl = tl.load(h_ptr + row).to(tl.float32) - cosine * scale / temperature
-        kl += tl.load(out_ptr + B + row)
+        lse_s = tl.load(out_ptr + B + row)
+        kl = tl.load(h_ptr + row).to(tl.float32) - cosine * scale / temperature + lse_s
         delta -= mu
-        along = tl.sum(f * delta) * inverse
+        along = (u + lse_s) * temperature / scale - cosine
     write_row(
         row,
         kl,

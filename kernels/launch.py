@@ -48,6 +48,7 @@ def kd_rows(
     weight: float,
     need_gradient: bool,
     design: configs.Design | None = None,
+    tile: configs.Tile | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return weight T² KL (B,), its gradients (B, D) and (B,); float32.
 
@@ -63,6 +64,7 @@ def kd_rows(
         weight: multiplies every row.
         need_gradient: without it the gradients come back as zeros.
         design: instead of the table's choice; for tests.
+        tile: the same for every kernel launched; for tests.
     """
     (batch, width), num_classes = student.shape, vectors.shape[0]
     like = functools.partial(torch.empty, dtype=torch.float32, device=student.device)
@@ -74,7 +76,7 @@ def kd_rows(
         batch, num_classes, width, vectors.element_size(), teacher_kind
     )
     if design == "small":
-        tile = configs.small_tile(num_classes, vectors.element_size())
+        tile = tile or configs.small_tile(num_classes, vectors.element_size())
         small_kernel[(triton.cdiv(batch, tile.rows),)](
             student, teacher, vectors, *student_scale, *teacher_scale, temperature, weight, *out,
             batch, num_classes, width,
@@ -85,16 +87,24 @@ def kd_rows(
     run = _split if design == "split" else _hybrid
     run(
         student, student_scale, teacher, teacher_kind, teacher_scale, statistics, vectors,
-        temperature, weight, need_gradient, out,
+        temperature, weight, need_gradient, out, tile,
     )  # fmt: skip
     return out
 
 
 def _attend(
-    student, student_scale, teacher, teacher_kind, teacher_scale, vectors, temperature, need_mean
+    student,
+    student_scale,
+    teacher,
+    teacher_kind,
+    teacher_scale,
+    vectors,
+    temperature,
+    need_mean,
+    tile=None,
 ) -> tuple[Tensor, Tensor, int]:
     (batch, width), num_classes = student.shape, vectors.shape[0]
-    tile = configs.split_tile(width, vectors.element_size())
+    tile = tile or configs.split_tile(width, vectors.element_size())
     splits, tiles_per_split = configs.split_classes(batch, num_classes, tile)
     sides = 1 if teacher_kind == "none" else 2
     like = functools.partial(torch.empty, dtype=torch.float32, device=student.device)
@@ -111,12 +121,12 @@ def _attend(
 
 def _split(
     student, student_scale, teacher, teacher_kind, teacher_scale, statistics, vectors,
-    temperature, weight, need_gradient, out,
+    temperature, weight, need_gradient, out, tile,
 ) -> None:  # fmt: skip
     batch, width = student.shape
     means, state, splits = _attend(
         student, student_scale, teacher, teacher_kind, teacher_scale, vectors, temperature,
-        need_gradient,
+        need_gradient, tile,
     )  # fmt: skip
     merge_kernel[(batch,)](
         student, *statistics, *student_scale, temperature, weight, means, state, *out,
@@ -127,11 +137,11 @@ def _split(
 
 def _hybrid(
     student, student_scale, teacher, teacher_kind, teacher_scale, statistics, vectors,
-    temperature, weight, need_gradient, out,
+    temperature, weight, need_gradient, out, tile,
 ) -> None:  # fmt: skip
     (batch, width), num_classes = student.shape, vectors.shape[0]
     like = functools.partial(torch.empty, dtype=torch.float32, device=student.device)
-    tile = configs.STATISTICS_TILES[vectors.element_size()]
+    given, tile = tile, tile or configs.STATISTICS_TILES[vectors.element_size()]
     splits, tiles_per_split = configs.split_classes(batch, num_classes, tile)
     factors, state = like(2, batch), like(4, splits, batch)
     statistics_kernel[(triton.cdiv(batch, tile.rows), splits)](
@@ -139,22 +149,24 @@ def _hybrid(
         batch, num_classes, width, tiles_per_split,
         TEACHER=teacher_kind, **_options(tile, vectors),
     )  # fmt: skip
-    tile = configs.DIFFERENCE_TILES[vectors.element_size()]
-    chunk = configs.chunk_classes(batch, num_classes, vectors.element_size(), tile)
+    tile = given or configs.DIFFERENCE_TILES[vectors.element_size()]
+    parts = 2 if teacher_kind == "none" and vectors.dtype != torch.float32 else 1
+    chunk = configs.chunk_classes(batch, num_classes, parts * vectors.element_size(), tile)
     programs, tiles_per_program = configs.split_classes(batch, chunk, tile)
-    scratch = vectors.new_empty(batch * chunk if need_gradient else 0)
-    sums, joined, delta = like(2, programs, batch).zero_(), like(3, batch), like(0)
+    scratch = vectors.new_empty(parts * batch * chunk if need_gradient else 0)
+    sums, joined, delta = like(2, programs, batch).zero_(), like(2, batch), like(0)
     for start in range(0, num_classes, chunk):
         size = min(chunk, num_classes - start)
         difference_kernel[(triton.cdiv(batch, tile.rows), programs)](
             student, teacher, vectors, temperature, factors, state, scratch, sums, joined,
             batch, num_classes, width, splits, size, start, tiles_per_program,
-            TEACHER=teacher_kind, NEED_GRADIENT=need_gradient, **_options(tile, vectors),
+            TEACHER=teacher_kind, NEED_GRADIENT=need_gradient, LOW_PART=parts == 2,
+            **_options(tile, vectors),
         )  # fmt: skip
         if need_gradient:
-            part = scratch[: batch * size].view(batch, size)
-            product = _multiply(part, vectors[start : start + size])
-            delta = product if start == 0 else delta.add_(product)
+            for part in scratch[: parts * batch * size].view(parts, batch, size):
+                product = _multiply(part, vectors[start : start + size])
+                delta = delta.add_(product) if delta.numel() else product
     finish_kernel[(batch,)](
         student, *statistics, *student_scale, temperature, weight, delta, sums, joined, *out,
         batch, programs, width, NEED_GRADIENT=need_gradient,
@@ -181,7 +193,7 @@ def _has_out_dtype() -> bool:
 def statistics(
     features: Tensor, scale: tuple[Tensor | None, float], vectors: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Return μ (B, D) and h (B,) of a teacher; width at most `configs.SPLIT_WIDTH`."""
+    """Return μ (B, D) and h (B,) of a teacher; where `configs.fits_split`."""
     batch, width = features.shape
     means, state, splits = _attend(
         features, scale, None, "none", (None, 1.0), vectors, temperature, True

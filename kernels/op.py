@@ -158,7 +158,7 @@ def _in_tiles(
     if mu is not None and h is not None:
         log_sum, delta = tiles.attend(query, vectors, need_gradient)
         kl = h.to(dtype) - torch.linalg.vecdot(query, mu.to(dtype)) + log_sum
-        kl = torch.where(kl < 0, 0, kl)
+        kl = torch.where((kl < 0) & kl.isfinite(), 0, kl)
         delta = delta - mu.to(dtype)
     else:
         q_t = None
@@ -179,7 +179,7 @@ def statistics(
     features: Tensor, scale: Scale, vectors: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Return μ (B, D) and h (B,) of a teacher; no gradients."""
-    if _takes_kernels(features) and features.shape[1] <= configs.SPLIT_WIDTH:
+    if _takes_kernels(features) and configs.fits_split(*vectors.shape[1:], vectors.element_size()):
         from . import launch
 
         return launch.statistics(

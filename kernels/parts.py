@@ -6,6 +6,7 @@ import triton.language as tl
 
 NEAR_X = tl.constexpr(0.25)  # below it e^x - 1 - x is summed as a series
 MAX_X = tl.constexpr(32.0)  # above it e^x could overflow a sum
+FAR = tl.constexpr(1e20)  # stands for a sum of e^x that went beyond MAX_X; it stays
 
 
 @triton.jit
@@ -46,15 +47,14 @@ def inverse_norm(squares):
 
 @triton.jit
 def excess(x):
-    """e^x - 1 - x without cancellation; infinite above MAX_X."""
+    """e^x - 1 - x without cancellation, for x up to MAX_X; what is above counts as MAX_X."""
     y = tl.minimum(tl.maximum(x, -NEAR_X), NEAR_X)
     series = 1.0 / 5040 * y + 1.0 / 720
     series = series * y + 1.0 / 120
     series = series * y + 1.0 / 24
     series = series * y + 1.0 / 6
     series = (series * y + 0.5) * y * y
-    far = tl.where(x > MAX_X, float("inf"), tl.exp(x) - 1.0 - x)
-    return tl.where(tl.abs(x) < NEAR_X, series, far)
+    return tl.where(tl.abs(x) < NEAR_X, series, tl.exp(tl.minimum(x, MAX_X)) - 1.0 - x)
 
 
 @triton.jit
@@ -74,8 +74,8 @@ def log1p(y):
 
 @triton.jit
 def not_negative(kl):
-    """Clamp at 0, letting NaN through (tl.maximum would not)."""
-    return tl.where(kl < 0.0, 0.0, kl)
+    """Clamp at 0, letting what is not finite through."""
+    return tl.where((kl < 0.0) & (kl > -float("inf")), 0.0, kl)
 
 
 @triton.jit

@@ -82,7 +82,8 @@ def small_kernel(
     log_t = z_t - tl.log(tl.sum(tl.exp(z_t), 1))[:, None]
     p_s = tl.exp(log_s)
     p_t = tl.exp(log_t)
-    x = tl.where(class_mask[None, :], log_s - log_t, 0.0)
+    log_s = tl.where(class_mask[None, :], log_s, 0.0)
+    x = log_s - tl.where(class_mask[None, :], log_t, 0.0)
     near = tl.abs(x) < 0.25
     small_excess = p_t * excess(tl.where(near, x, 0.0))
     terms = tl.where(near, small_excess, p_s - p_t - p_t * x)
@@ -92,7 +93,7 @@ def small_kernel(
     if NEED_GRADIENT:
         g = tl.where(near, p_t * x + small_excess, p_s - p_t)
         # sum g = 0, so any constant may be taken off z_s; lse_s leaves the smallest terms
-        along = tl.sum(g * tl.where(class_mask[None, :], log_s, 0.0), 1) * temperature / scale
+        along = tl.sum(g * log_s, 1) * temperature / scale
         tl.store(scale_gradient_ptr + row, weight * temperature * along, mask=row_mask)
         along = tl.where(squares_s < 1e-24, 0.0, along)  # as in F.normalize
         factor = weight * temperature * scale * inverse

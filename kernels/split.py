@@ -14,7 +14,7 @@ keeps c = E_t[d] and A = sum e^(z_t-m_t) (e^x - 1 - x), x = c - d, so that over 
 import triton
 import triton.language as tl
 
-from .parts import MAX_X, dot, dot_weights, excess, inverse_norm, load_scale, log1p, write_row
+from .parts import FAR, MAX_X, dot, dot_weights, excess, inverse_norm, load_scale, log1p, write_row
 
 
 @triton.jit
@@ -53,6 +53,7 @@ def attend_kernel(
     d0 = tl.arange(0, D0)
     # The student's logits are needed on both sides, the teacher's on its own.
     teacher_width = tl.where(side == 1, D, 0)
+    teacher_mask = row < tl.where(side == 1, B, 0)
 
     squares_s = tl.zeros([ROWS], tl.float32)
     squares_t = tl.zeros([ROWS], tl.float32)
@@ -96,7 +97,7 @@ def attend_kernel(
             )  # fmt: skip
             z_t = z_t * factor_t[:, None]
         if TEACHER == "logits":
-            mask = row_mask[:, None] & class_mask[None, :] & (side == 1)
+            mask = teacher_mask[:, None] & class_mask[None, :]
             z_t = tl.load(teacher_ptr + row[:, None] * N + n[None, :], mask=mask, other=0.0)
             z_t = z_t.to(tl.float32) / temperature
         if TEACHER != "none":
@@ -107,15 +108,17 @@ def attend_kernel(
         p = tl.exp(z - new_m[:, None])
         before = total * alpha
         total = before + tl.sum(p, 1)
+        m_before = m
         m = new_m
         if TEACHER != "none":
             difference = tl.where(class_mask[None, :], z_t - z_s, 0.0)
             new_c = (before * c + tl.sum(p * difference, 1)) / total
-            step = tl.where(before > 0.0, new_c - c, 0.0)
-            grown = a * alpha * tl.where(step > MAX_X, float("inf"), tl.exp(step))
-            carried = tl.where(alpha > 0.0, grown + before * excess(step), 0.0)
+            step = tl.where(m_before > -float("inf"), new_c - c, 0.0)
             x = tl.where(class_mask[None, :], new_c[:, None] - difference, 0.0)
-            a = carried + tl.sum(p * excess(x), 1)
+            # Not undone later: beside a new maximum the old sum may fall out of range.
+            far = (tl.maximum(step, tl.max(x, 1)) > MAX_X) | (a >= FAR)
+            moved = a * alpha * tl.exp(tl.minimum(step, MAX_X)) + before * excess(step)
+            a = tl.where(far, FAR, moved + tl.sum(p * excess(x), 1))
             c = new_c
         if NEED_MEAN:
             w = tl.load(
@@ -138,8 +141,8 @@ def attend_kernel(
     tl.store(state_ptr + side * 2 * size + at, m, mask=row_mask)
     tl.store(state_ptr + (side * 2 + 1) * size + at, total, mask=row_mask)
     if TEACHER != "none":
-        tl.store(state_ptr + 4 * size + at, c, mask=row_mask & (side == 1))
-        tl.store(state_ptr + 5 * size + at, a, mask=row_mask & (side == 1))
+        tl.store(state_ptr + 4 * size + at, c, mask=teacher_mask)
+        tl.store(state_ptr + 5 * size + at, a, mask=teacher_mask)
     if NEED_MEAN:
         offsets = (side * size + at)[:, None] * D
         mask = row_mask[:, None] & (d0 < D)[None, :]
@@ -242,9 +245,11 @@ def merge_kernel(
         a_i = tl.load(state_ptr + 5 * size + at, mask=i < S, other=0.0)
         c = tl.sum(share * sums * c_i, 0)
         step = tl.where(i < S, c - c_i, 0.0)
-        grown = a_i * tl.where(step > MAX_X, float("inf"), tl.exp(step))
-        a = tl.sum(tl.where(share > 0.0, share * (grown + sums * excess(step)), 0.0), 0)
-        kl = tl.where(a <= 1.0, log1p(a), log_sum_s - top_t - tl.log(total_t) + c)
+        far = (tl.max(step, 0) > MAX_X) | (tl.max(a_i, 0) >= FAR)
+        grown = a_i * tl.exp(tl.minimum(step, MAX_X)) + sums * excess(step)
+        a = tl.sum(tl.where(far, 0.0, share * grown), 0)
+        plain = log_sum_s - top_t - tl.log(total_t) + c
+        kl = tl.where(far | (a > 1.0), plain, log1p(a))
         if NEED_GRADIENT:
             delta -= join_means(
                 mean_ptr + size * D, teacher_ptr, row, top_t, total_t, B, S, D, BLOCK_D

@@ -164,8 +164,8 @@ def _series(x: Tensor) -> Tensor:
 
 
 def _excess(x: Tensor) -> Tensor:
-    """Return eˣ − 1 − x accurately; infinite above MAX_X."""
-    far = torch.where(x > MAX_X, torch.inf, x.exp().sub_(1).sub_(x))
+    """Return eˣ − 1 − x accurately; x above MAX_X counts as MAX_X in eˣ."""
+    far = x.clamp(max=MAX_X).exp_().sub_(1).sub_(x)
     return torch.where(x.abs() < NEAR_X, _series(x), far)
 
 
@@ -214,6 +214,7 @@ def _by_classes(
     side_t = _Side(student, vectors.shape[1], need_delta)
     centre = student.new_zeros(student.shape[0])
     excess = torch.zeros_like(centre)
+    far = torch.zeros_like(centre, dtype=torch.bool)
     for start, part in class_tiles(student, vectors):
         z_s = product(student, part)
         if teacher is None:
@@ -228,15 +229,17 @@ def _by_classes(
         difference = z_t.sub(z_s)
         before, after = before * factor, side_t.total[:, 0]
         moved = (before * centre + torch.linalg.vecdot(weights, difference)) / after
-        step = torch.where(before > 0, moved - centre, 0)
-        carried = excess * factor * torch.where(step > MAX_X, torch.inf, step.exp())
-        carried += before * _excess(step)
-        excess = torch.where(factor > 0, carried, 0)
-        excess += torch.linalg.vecdot(weights, _excess(moved[:, None] - difference))
+        step = moved - centre if start else torch.zeros_like(centre)
+        x = moved[:, None] - difference
+        # Not undone later: beside a new maximum the old sum may fall out of range.
+        far |= (step > MAX_X) | (x.amax(1) > MAX_X)
+        excess = excess * factor * step.clamp(max=MAX_X).exp() + before * _excess(step)
+        excess += torch.linalg.vecdot(weights, _excess(x))
         centre = moved
     excess = excess / side_t.total[:, 0]
+    far |= excess > 1
     plain = side_s.log_sum() - side_t.log_sum() + centre
-    kl = torch.where(excess <= 1, torch.log1p(excess), plain)
+    kl = torch.where(far, plain, torch.log1p(excess))
     return torch.where(kl < 0, 0, kl), side_s.mean() - side_t.mean()
 
 

@@ -154,7 +154,8 @@ def kd_loss_reference(
         first = student @ vectors[0] * (student_scale / temperature)
         log_sum = first - log_p[:, 0]
         rows = h - (student * mu).sum(1) * (student_scale / temperature) + log_sum
-        rows = rows + (rows.clamp(min=0) - rows).detach()  # never negative, gradient untouched
+        clamped = torch.where((rows < 0) & rows.isfinite(), 0, rows)
+        rows = rows + (clamped - rows).detach()  # never negative, gradient untouched
     else:
         if isinstance(teacher, TeacherLogits):
             logits = teacher.logits.detach().to(dtype)

@@ -1,0 +1,186 @@
+"""Problems for the loss, their answers in float64, and every tolerance, in one place."""
+
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from promptkd.loss import TeacherLogits, TeacherStatistics, kd_loss_reference
+from torch import Tensor
+
+# Relative errors against float64 of the same (rounded) inputs, where KL >= 0.1.
+# "split" in half precision carries a high and a low part of its weights, "hybrid" only one.
+LOSS_TOLERANCE = 5e-6
+GRADIENT_TOLERANCE = {
+    ("small", torch.float32): 1e-5,
+    ("split", torch.float32): 1e-5,
+    ("hybrid", torch.float32): 1e-5,
+    ("tiles", torch.float32): 1e-5,
+    ("small", torch.float16): 5e-6,
+    ("split", torch.float16): 5e-6,
+    ("hybrid", torch.float16): 5e-4,
+    ("tiles", torch.float16): 5e-4,  # the gradient itself comes back in float16
+    ("small", torch.bfloat16): 5e-5,
+    ("split", torch.bfloat16): 5e-5,
+    ("hybrid", torch.bfloat16): 8e-3,
+    ("tiles", torch.bfloat16): 4e-3,
+}
+SCALE_GRADIENT_TOLERANCE = 1e-4
+NEAR_TOLERANCE = 2e-3  # of the loss where KL is about 1e-5, from features or logits
+NEAR_STATISTICS_ERROR = 1e-3  # absolute: statistics hold no detail of single classes
+EXACT = 1e-12  # float64 against float64
+
+KL_FLOOR = 0.1  # below it errors are measured against this KL
+
+GRID = {
+    "batch": (1, 3, 33),
+    "num_classes": (1, 37, 102, 1000, 4099),
+    "width": (64, 65, 512, 768, 1024),
+    "temperature": (0.1, 1.0, 2.0, 4.0),
+    "scale": (10.0, 100.0, 1000.0),
+    "dtype": (torch.float32, torch.float16, torch.bfloat16),
+    "teacher": ("features", "logits", "statistics"),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    batch: int = 3
+    num_classes: int = 37
+    width: int = 65
+    temperature: float = 2.0
+    scale: float = 30.0
+    dtype: torch.dtype = torch.float32
+    teacher: str = "features"
+    noise: float = 1.0
+    centred: bool = True
+    teacher_scale_ratio: float = 1.25
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Problem:
+    student: Tensor
+    teacher: Tensor | TeacherLogits | TeacherStatistics
+    vectors: Tensor
+    student_scale: float
+    teacher_scale: float | None
+    temperature: float
+
+    def arguments(self) -> dict[str, float | None]:
+        return {
+            "student_scale": self.student_scale,
+            "teacher_scale": self.teacher_scale,
+            "temperature": self.temperature,
+        }
+
+
+def make_problem(case: Case) -> Problem:
+    """Features near a few class vectors, as a CLIP's are; the teacher's differ by `noise`."""
+    g = torch.Generator().manual_seed(case.seed)
+    vectors = torch.randn(case.num_classes, case.width, generator=g)
+    if not case.centred:
+        vectors = vectors + 1.5 * torch.randn(1, case.width, generator=g)
+    vectors = F.normalize(vectors, dim=1).to(case.dtype)
+    chosen = torch.randint(0, case.num_classes, (case.batch,), generator=g)
+    base = vectors[chosen].float() + torch.randn(case.batch, case.width, generator=g) / 8
+    other = torch.randn(case.batch, case.width, generator=g) * case.noise / case.width**0.5
+    lengths = 0.5 + 4 * torch.rand(case.batch, 1, generator=g)
+    teacher = base.to(case.dtype)
+    student = ((teacher.float() + other) * (lengths if case.noise > 0 else 1)).to(case.dtype)
+    teacher_scale = case.scale * case.teacher_scale_ratio
+    problem = Problem(student, teacher, vectors, case.scale, teacher_scale, case.temperature)
+    return replace_teacher(problem, case.teacher)
+
+
+def replace_teacher(problem: Problem, kind: str) -> Problem:
+    """The same teacher as features, logits or statistics; the latter two rounded to float32."""
+    if kind == "features":
+        return problem
+    vectors, features = problem.vectors.double(), problem.teacher.double()
+    logits = F.normalize(features, dim=1) @ vectors.T * problem.teacher_scale
+    if kind == "logits":
+        return replace(problem, teacher=TeacherLogits(logits.float()), teacher_scale=None)
+    log_p = F.log_softmax(logits / problem.temperature, dim=1)
+    mu, h = log_p.exp() @ vectors, (log_p.exp() * log_p).sum(1)
+    return replace(problem, teacher=TeacherStatistics(mu.float(), h.float()), teacher_scale=None)
+
+
+@dataclass(frozen=True)
+class Answer:
+    loss: Tensor  # (B,) T² KL
+    gradient: Tensor  # (B, D) of the sum
+    scale_gradient: Tensor  # ()
+
+
+def exact_answer(problem: Problem) -> Answer:
+    """Loss and gradients of each row in float64."""
+    student = problem.student.detach().cpu().double().requires_grad_()
+    scale = torch.tensor(problem.student_scale, dtype=torch.float64, requires_grad=True)
+    arguments = {**problem.arguments(), "student_scale": scale}
+    loss = kd_loss_reference(
+        student, _double(problem.teacher), problem.vectors.double(), **arguments, reduction="none"
+    )
+    gradient, scale_gradient = torch.autograd.grad(loss.sum(), (student, scale))
+    return Answer(loss.detach(), gradient, scale_gradient)
+
+
+def _double(teacher):
+    if isinstance(teacher, TeacherLogits):
+        return TeacherLogits(teacher.logits.double())
+    if isinstance(teacher, TeacherStatistics):
+        return TeacherStatistics(teacher.mu.double(), teacher.h.double())
+    return teacher.double()
+
+
+def assert_close(problem: Problem, answer: Answer, got: Answer, path: str) -> None:
+    """Compare with the answer in float64, by the table above.
+
+    A row's loss is measured against at least KL_FLOOR, its gradient against at least a tenth
+    of the largest it can be (class vectors are at most 2 apart): N = 1 has neither.
+    """
+    square = problem.temperature**2
+    loss = got.loss.double().cpu()
+    unit = answer.loss.abs().mean().clamp(min=KL_FLOOR * square)
+    error = (loss - answer.loss).abs().mean() / unit
+    if isinstance(problem.teacher, TeacherStatistics):  # h and the logits cancel: absolute
+        size = 1 + problem.student_scale / problem.temperature
+        assert error <= LOSS_TOLERANCE + 2e-7 * size * square / unit, f"loss off by {error:.1e}"
+    else:
+        assert error <= LOSS_TOLERANCE, f"loss off by {error:.1e}"
+    assert (loss >= 0).all()
+    tolerance = GRADIENT_TOLERANCE[path, problem.vectors.dtype]
+    norms = problem.student.double().cpu().norm(dim=1, keepdim=True)
+    largest = problem.temperature * problem.student_scale / norms
+    unit = answer.gradient.norm().clamp(min=0.1 * largest.norm())
+    error = (got.gradient.double().cpu() - answer.gradient).norm() / unit
+    assert error <= tolerance, f"gradient off by {error:.1e}"
+    unit = answer.scale_gradient.abs().clamp(min=0.1 * problem.temperature * len(loss))
+    error = (got.scale_gradient.double().cpu() - answer.scale_gradient).abs() / unit
+    allowed = max(SCALE_GRADIENT_TOLERANCE, tolerance if path == "hybrid" else 0)
+    assert error <= allowed, f"scale gradient off by {error:.1e}"
+
+
+def pairwise(grid: dict[str, tuple]) -> list[dict]:
+    """Return few combinations that hold every pair of values of every two factors."""
+    names = list(grid)
+    missing = {
+        ((a, x), (b, y))
+        for i, a in enumerate(names)
+        for b in names[i + 1 :]
+        for x in range(len(grid[a]))
+        for y in range(len(grid[b]))
+    }
+    generator = torch.Generator().manual_seed(1)
+    rows = []
+    while missing:
+        best, best_count = None, -1
+        for _ in range(60):  # the best of some random rows that start from a missing pair
+            (a, x), (b, y) = min(missing, key=str)
+            row = {n: int(torch.randint(0, len(grid[n]), (1,), generator=generator)) for n in names}
+            row |= {a: x, b: y}
+            count = sum(row[p] == u and row[q] == v for (p, u), (q, v) in missing)
+            if count > best_count:
+                best, best_count = row, count
+        missing = {pair for pair in missing if not all(best[name] == value for name, value in pair)}
+        rows.append({n: grid[n][i] for n, i in best.items()})
+    return rows
