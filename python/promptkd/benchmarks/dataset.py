@@ -18,7 +18,7 @@ from promptkd.benchmarks.layouts import LAYOUTS, Layout
 from promptkd.benchmarks.lists import absent_pictures, checked_names, read_parts
 from promptkd.benchmarks.paper import PaperDataset, find
 from promptkd.benchmarks.readers import Parts, Row
-from promptkd.data.sources import ImageList
+from promptkd.data.sources import ImageList, PublishedNames
 from promptkd.errors import DataError
 
 _log = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ class BenchmarkDataset:
             tuple(s.path for s in samples),
             tuple(s.path.removeprefix(top) for s in samples),
             np.array([s.label for s in samples], dtype=np.int64),
-            self.class_names,
+            PublishedNames(self.class_names),
         )
 
     def few_shot(self, shots: int, seed: int, *, first_start: bool = False) -> BenchmarkDataset:

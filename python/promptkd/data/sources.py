@@ -93,7 +93,9 @@ def read_split(path: Path) -> Split:
     except (OSError, ValueError) as error:
         raise DataError(f"'{path}' is no readable JSON split: {error}") from error
     keys = ("train", "val", "test", "base", "novel")
-    lists: dict[str, Any] = {k: data.get(k, []) for k in keys} if isinstance(data, dict) else {"": None}
+    lists: dict[str, Any] = (
+        {k: data.get(k, []) for k in keys} if isinstance(data, dict) else {"": None}
+    )
     if not all(isinstance(v, list) and all(isinstance(s, str) for s in v) for v in lists.values()):
         raise DataError(f"'{path}' must hold lists of strings: train, val, test, base, novel")
     parts = {k: tuple(lists[k]) for k in ("train", "val", "test")}
@@ -194,8 +196,17 @@ def labelled(
     return ImageList(images.paths, images.names, _label_rows(pairs, names, source), names)
 
 
+class PublishedNames(tuple[str, ...]):
+    """The class names of a published dataset, as they are: some repeat, and labels are places.
+
+    ImageNet's list has "missile" and "sunglasses" twice. Names of one's own must not repeat.
+    """
+
+    __slots__ = ()
+
+
 def check_class_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Class names as a tuple; empty, blank or repeated names are an error."""
+    """Class names as a tuple; empty and blank names are an error, repeated ones unless published."""
     if isinstance(names, str) or not names:
         raise DataError("class names must be a list with at least one name")
     seen: dict[str, int] = {}
@@ -203,12 +214,12 @@ def check_class_names(names: Sequence[str]) -> tuple[str, ...]:
         if not isinstance(name, str) or not name.strip():
             raise DataError(f"class name {row + 1} of {len(names)} is empty")
         key = plain_name(name).strip()
-        if key in seen:
+        if key in seen and not isinstance(names, PublishedNames):
             raise DataError(
                 f"class name '{name}' stands twice (places {seen[key] + 1} and {row + 1})"
             )
         seen[key] = row
-    return tuple(names)
+    return names if isinstance(names, PublishedNames) else tuple(names)
 
 
 def read_class_names(path: str | os.PathLike[str]) -> tuple[str, ...]:

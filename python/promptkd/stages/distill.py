@@ -9,7 +9,7 @@ prompts and projector train, nothing else.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -187,6 +187,7 @@ def distill(
     teach_config: TeachConfig | None = None,
     orient: bool = True,
     progress: Progress | None = None,
+    on_epoch: Callable[[int, Student], None] | None = None,
 ) -> Student:
     """Stage 2: make a student from a teacher and unlabelled pictures.
 
@@ -203,6 +204,7 @@ def distill(
         teach_config: settings of stage 1, and the templates of a zero-shot teacher.
         orient: apply the EXIF orientation of the pictures; off to reproduce the paper's datasets.
         progress: where to report; default: a bar or lines on stderr.
+        on_epoch: called after every epoch with its number, from 1, and the student in eval mode.
 
     Returns:
         The student in eval mode; `student.info.summary` tells how it went.
@@ -246,7 +248,7 @@ def distill(
     if resume and folder is not None and (folder / "student.json").is_file():
         return Student.load(folder, backbone=student, precision=config.precision, device=place)
     pupil = new_student(clip, guide, config, orient=orient)
-    _train(pupil, guide, pictures, config, run, progress, orient)
+    _train(pupil, guide, pictures, config, run, progress, orient, on_epoch)
     if folder is not None:
         pupil.save(folder)
         run.finish()
@@ -317,6 +319,7 @@ def _train(
     run: Run,
     progress: Progress,
     orient: bool,
+    on_epoch: Callable[[int, Student], None] | None,
 ) -> None:
     """Train the student in place and write down how it went."""
     train_rows, held_rows = split_holdout(len(pictures), config.holdout, config.seed)
@@ -340,6 +343,12 @@ def _train(
     def measure(done: int) -> dict[str, float] | None:
         return holdout.measure(student) if done % every == 0 or done == num_steps else None
 
+    def look(epoch: int) -> None:
+        if on_epoch is not None:
+            student.eval()
+            on_epoch(epoch, student)
+            student.train()
+
     training = Training(
         config=config,
         parameters=student.trainable_parameters(),
@@ -349,6 +358,7 @@ def _train(
         run=run,
         progress=progress,
         on_step=measure,
+        on_epoch=look,
     )
     student.train()
     steps = training.execute()
