@@ -16,15 +16,14 @@ from . import configs, tiles
 Scale = tuple[Tensor | None, float]
 
 _SCHEMA = (
-    "(Tensor student, Tensor? student_scale, float student_scale_value, Tensor vectors, "
+    "kd_rows(Tensor student, Tensor? student_scale, float student_scale_value, Tensor vectors, "
     "Tensor? teacher, Tensor? teacher_scale, float teacher_scale_value, Tensor? logits, "
     "Tensor? mu, Tensor? h, float temperature, str reduction, bool need_gradient) "
     "-> (Tensor, Tensor, Tensor)"
 )
 
 
-@torch.library.custom_op("promptkd::kd_rows", mutates_args=(), schema=_SCHEMA)
-def kd_rows(
+def _kd_rows(
     student: Tensor,
     student_scale: Tensor | None,
     student_scale_value: float,
@@ -74,8 +73,7 @@ def kd_rows(
         )  # fmt: skip
 
 
-@kd_rows.register_fake
-def _(
+def _fake(
     student: Tensor,
     student_scale: Tensor | None,
     student_scale_value: float,
@@ -112,7 +110,16 @@ def _backward(ctx: Any, grad: Tensor | None, *others: Tensor | None) -> tuple[An
     return tuple(out)
 
 
-kd_rows.register_autograd(_backward, setup_context=_setup_context)
+# torch.library.custom_op would import torch._dynamo, seconds of it, at the first call.
+_library = torch.library.Library("promptkd", "FRAGMENT")
+_library.define(_SCHEMA)
+_library.impl("kd_rows", _kd_rows, "CPU")
+_library.impl("kd_rows", _kd_rows, "CUDA")
+torch.library.register_fake("promptkd::kd_rows", _fake, lib=_library)
+torch.library.register_autograd(
+    "promptkd::kd_rows", _backward, setup_context=_setup_context, lib=_library
+)
+kd_rows = torch.ops.promptkd.kd_rows.default
 
 
 def _on_device(scale: Scale, like: Tensor) -> Scale:
@@ -179,7 +186,7 @@ def statistics(
     features: Tensor, scale: Scale, vectors: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
     """Return μ (B, D) and h (B,) of a teacher; no gradients."""
-    if _takes_kernels(features) and configs.fits_split(*vectors.shape[1:], vectors.element_size()):
+    if _takes_kernels(features) and configs.fits_split(vectors.shape[1], vectors.element_size()):
         from . import launch
 
         return launch.statistics(
