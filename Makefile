@@ -6,13 +6,12 @@ PYTHON ?= $(firstword $(foreach name,python3 python3.14 python3.13 python3.12 py
 VENV ?= .venv
 # Arguments of `promptkd demo`, for example DEMO="--seeds 3 --output runs/demo".
 DEMO ?=
-# Seconds that each fuzz target runs in `make test-long`.
-FUZZ_SECONDS ?= 30
+# Damaged pictures that `make fuzz` decodes.
+FUZZ_FILES ?= 40000
 
 BIN := $(abspath $(VENV))/bin
 STAMPS := $(abspath $(VENV))/.stamps
 MANIFEST := --manifest-path rust/Cargo.toml
-FUZZ_TARGETS := $(basename $(notdir $(wildcard rust/fuzz/fuzz_targets/*.rs)))
 RUST_SOURCES := rust/Cargo.toml rust/Cargo.lock rust/build.rs $(shell find rust/src rust/shim -type f)
 
 # The test programs of cargo link with the interpreter's own library.
@@ -37,25 +36,27 @@ demo: setup
 
 # Run the quick tests: Python and Rust.
 .PHONY: test
-test: setup
+test: test-python test-rust
+
+.PHONY: test-python test-rust
+test-python: setup
 	$(BIN)/pytest -m "not long"
+test-rust: setup
 	$(CARGO_ENV) cargo test $(MANIFEST) --locked
 
 # Run the slow proofs: packaging, kill tests, seeds, fuzzing.
 .PHONY: test-long
-test-long: setup
-	$(BIN)/pytest -m long --durations=10
-ifneq ($(FUZZ_TARGETS),)
-	$(MAKE) fuzz
-endif
+test-long: test-long-python fuzz
 
-# Run every fuzz target for FUZZ_SECONDS; a crash leaves its input in rust/fuzz/artifacts.
+.PHONY: test-long-python
+test-long-python: setup
+	$(BIN)/pytest -m long --durations=10
+
+# Decode FUZZ_FILES damaged pictures, other ones than `make test` does.
 .PHONY: fuzz
-fuzz: setup $(STAMPS)/cargo-fuzz
-	for target in $(FUZZ_TARGETS); do \
-	  RUSTC_BOOTSTRAP=1 $(BIN)/cargo-fuzz run --fuzz-dir rust/fuzz $$target \
-	    -- -max_total_time=$(FUZZ_SECONDS) -print_final_stats=1 || exit 1; \
-	done
+fuzz: setup
+	PROMPTKD_FUZZ_FILES=$(FUZZ_FILES) PROMPTKD_FUZZ_SEED=1000000 $(CARGO_ENV) \
+	  cargo test $(MANIFEST) --locked --test fuzz -- --nocapture
 
 # Run every linter and type checker; change nothing.
 .PHONY: lint
@@ -79,10 +80,10 @@ format: setup
 	$(BIN)/ruff format
 	cargo fmt $(MANIFEST)
 
-# Run the benchmarks; each prints a table and writes benches/results/<bench>.json.
+# Run every benchmark; each prints a table and writes benches/results/<bench>.json.
 .PHONY: bench
 bench: setup
-	$(BIN)/pytest benches -o python_files='bench_*.py' -o addopts='-ra --strict-markers' --benchmark-only
+	for bench in $(wildcard benches/bench_*.py benches/summary.py); do $(BIN)/python $$bench || exit 1; done
 
 # Build the release wheel (Linux: glibc 2.28 and newer, through zig) and the sdist into dist/.
 .PHONY: wheel
@@ -123,9 +124,4 @@ $(STAMPS)/extension: $(STAMPS)/dependencies $(RUST_SOURCES)
 
 $(STAMPS)/zig: $(STAMPS)/dependencies
 	$(BIN)/python -m pip install --quiet ziglang
-	touch $@
-
-# Needs nightly options of rustc: RUSTC_BOOTSTRAP lets a stable toolchain have them.
-$(STAMPS)/cargo-fuzz: $(STAMPS)/venv
-	cargo install --quiet --locked --root $(abspath $(VENV)) cargo-fuzz
 	touch $@

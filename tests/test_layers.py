@@ -16,7 +16,7 @@ PACKAGE = ROOT / "python" / "promptkd"
 # matching name counts, so a module of a package may lie in another layer than the package.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("cli", "__main__", "demo", "benchmarks.reproduce"),
-    ("stages", "report", "export"),
+    ("stages", "report", "export", "convert"),
     ("teacher", "student", "cache", "data", "loss", "evaluate", "official", "benchmarks"),
     ("clip", "prompts", "frozen", "templates", "torchfile", "files", "errors", "_rust", "kernels"),
 )
