@@ -37,11 +37,13 @@ def test_all_verbs(
         4,
         "--templates",
         "a photo of a {}.",
+        "--tensorboard",
         *flags,
     )
     assert code == 0, err
     assert json.loads(out)["classes"] == 3
     assert "stage 1: 12 labelled pictures of 3 classes" in err
+    assert list((teacher / "tensorboard").iterdir())
     code, out, err = run(
         capsys,
         "distill",

@@ -465,6 +465,20 @@ def test_bad_pictures_and_names(
         run_distill(models.teacher, models, source, class_names=names)
 
 
+def test_prompts_of_the_wrong_shape(teacher: Teacher, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = teacher.save(tmp_path / "t")
+    stored = load_file(folder / "teacher.safetensors")
+    for change in (
+        {"vision_prompts.0": torch.zeros(4, 7)},
+        {"vision_prompts.9": torch.zeros(4, 48)},
+    ):
+        save_file({**stored, **change}, folder / "teacher.safetensors")
+        with pytest.raises(CheckpointError, match=r"don't fit|lacks the tensor"):
+            Teacher.load(folder)
+
+
 def test_names_beside_a_teacher_that_brings_its_own(
     models: Models, photos: Path, teacher: Teacher
 ) -> None:

@@ -18,6 +18,9 @@ from promptkd.stages.teach import TeachConfig
 
 Json = Annotated[bool, tyro.conf.arg(name="json", help="Print the result as JSON on stdout.")]
 Quiet = Annotated[bool, tyro.conf.arg(help="No progress on stderr.")]
+TensorBoard = Annotated[
+    bool, tyro.conf.arg(help="Also write TensorBoard curves to the output folder.")
+]
 Device = Annotated[
     str | None, tyro.conf.arg(help="'cpu', 'cuda', …; default: the GPU if there is one.")
 ]
@@ -65,6 +68,7 @@ class Teach:
     """Go on with the run in the output folder."""
     device: Device = None
     config: tyro.conf.OmitArgPrefixes[TeachConfig] = field(default_factory=TeachConfig)
+    tensorboard: TensorBoard = False
     json_: Json = False
     quiet: Quiet = False
 
@@ -80,7 +84,7 @@ class Teach:
             resume=self.resume,
             device=self.device,
             config=self.config,
-            progress=_progress(self.quiet),
+            progress=_progress(self.quiet, self.tensorboard),
         )
         facts = {
             "teacher": str(self.output),
@@ -119,6 +123,7 @@ class Distill:
     config: tyro.conf.OmitArgPrefixes[DistillConfig] = field(default_factory=DistillConfig)
     teach: TeachConfig = field(default_factory=TeachConfig)
     """Stage 1, when it runs first."""
+    tensorboard: TensorBoard = False
     json_: Json = False
     quiet: Quiet = False
 
@@ -137,7 +142,7 @@ class Distill:
             device=self.device,
             config=self.config,
             teach_config=self.teach,
-            progress=_progress(self.quiet),
+            progress=_progress(self.quiet, self.tensorboard),
         )
         if self.include_backbone:
             student.save(self.output, include_backbone=True)
@@ -260,10 +265,10 @@ def main(args: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _progress(quiet: bool) -> Any:
+def _progress(quiet: bool, tensorboard: bool = False) -> Any:
     from promptkd.stages.progress import Progress
 
-    return Progress(quiet=quiet)
+    return Progress(quiet=quiet, tensorboard=tensorboard)
 
 
 def _class_names(path: Path | None) -> tuple[str, ...] | None:
