@@ -17,8 +17,8 @@ RUST_SOURCES := rust/Cargo.toml rust/Cargo.lock rust/build.rs $(shell find rust/
 # The test programs of cargo link with the interpreter's own library.
 CARGO_ENV = PYO3_PYTHON=$(BIN)/python LD_LIBRARY_PATH="$$($(BIN)/python -c \
   'import sysconfig; print(sysconfig.get_config_var("LIBDIR"))'):$$LD_LIBRARY_PATH"
-# maturin refuses to choose between two active environments.
-MATURIN = env -u CONDA_PREFIX VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/maturin
+# The environment as if active: maturin looks for zig by PATH, and refuses to choose between two.
+MATURIN = env -u CONDA_PREFIX VIRTUAL_ENV=$(abspath $(VENV)) PATH="$(BIN):$$PATH" $(BIN)/maturin
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .DELETE_ON_ERROR:
