@@ -32,7 +32,7 @@ SMALL_TILES = {
     2: {
         64: Tile(16, 64, 64, 4, 3),
         128: Tile(16, 128, 64, 8, 2),
-        256: Tile(16, 256, 64, 8, 2),
+        256: Tile(16, 256, 32, 8, 2),
         512: Tile(16, 512, 32, 8, 2),
     },
     4: {64: Tile(16, 64, 32, 4, 2), 128: Tile(16, 128, 32, 8, 2)},
@@ -44,7 +44,7 @@ SPLIT_TILES = {
 # One width for both: the same sums in the same order, so p = e^(z - lse) is consistent.
 STATISTICS_TILES = {2: Tile(64, 128, 32, 8, 3), 4: Tile(64, 64, 16, 8, 2)}
 DIFFERENCE_TILES = {2: Tile(64, 64, 32, 8, 3), 4: Tile(64, 64, 16, 8, 2)}
-TOP_K_TILES = {2: Tile(16, 128, 64, 8, 3), 4: Tile(16, 128, 32, 8, 2)}
+TOP_K_TILES = {2: Tile(16, 128, 32, 8, 3), 4: Tile(16, 128, 32, 8, 2)}
 TOP_K_LARGEST = 64  # more go through plain torch, a tile of classes at a time
 
 

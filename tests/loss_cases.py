@@ -135,8 +135,8 @@ def _double(teacher):
 def assert_close(problem: Problem, answer: Answer, got: Answer, path: str) -> None:
     """Compare with the answer in float64, by the table above.
 
-    A row's loss is measured against at least KL_FLOOR, its gradient against at least a tenth
-    of the largest it can be (class vectors are at most 2 apart): N = 1 has neither.
+    The loss is measured against at least KL_FLOOR, its gradient against what it would be at
+    KL_FLOOR and at least a tenth of the largest it can be: N = 1 has neither.
     """
     square = problem.temperature**2
     loss = got.loss.double().cpu()
@@ -151,7 +151,9 @@ def assert_close(problem: Problem, answer: Answer, got: Answer, path: str) -> No
     tolerance = GRADIENT_TOLERANCE[path, problem.vectors.dtype]
     norms = problem.student.double().cpu().norm(dim=1, keepdim=True)
     largest = problem.temperature * problem.student_scale / norms
-    unit = answer.gradient.norm().clamp(min=0.1 * largest.norm())
+    kl = (answer.loss.mean() / square).clamp(min=1e-9, max=KL_FLOOR)
+    unit = answer.gradient.norm() * (KL_FLOOR / kl).sqrt()  # it goes with the root of KL
+    unit = unit.clamp(min=0.1 * largest.norm())
     error = (got.gradient.double().cpu() - answer.gradient).norm() / unit
     assert error <= tolerance, f"gradient off by {error:.1e}"
     unit = answer.scale_gradient.abs().clamp(min=0.1 * problem.temperature * len(loss))
