@@ -81,8 +81,12 @@ def test_linear(
         generator,
     )
     assert layer(torch.zeros(0, 3, IN, dtype=dtype)).shape == (0, 3, OUT)
-    strided = torch.randn(3, 37, 2, IN, generator=generator).to(dtype)[:, :, 1]
-    close(layer(strided), F.linear(strided, weight, bias), dtype)
+    strided = torch.randn(3, 37, 2, IN, generator=generator).to(dtype)[:, :, 1].requires_grad_()
+    y = layer(strided)
+    close(y.detach(), F.linear(strided.detach(), weight, bias), dtype)
+    y.sum().backward()  # an expanded gradient
+    assert strided.grad is not None
+    close(strided.grad, weight.sum(dim=0).expand_as(strided), dtype)
 
 
 def test_packed_weights_are_in_use() -> None:

@@ -215,12 +215,12 @@ class TextTower(nn.Module):
             prompts: one (P, width) tensor a prompted layer. The first replaces the embeddings
                 of tokens 1..P, later ones what the block before made of them.
         """
-        prompts = list(prompts or ())
+        tokens, prompts = cut_tokens(tokens), list(prompts or ())
         needs_graph = torch.is_grad_enabled() and any(p.requires_grad for p in prompts)
         row_bytes = _GRAPH_WIDTHS * self.width * self.num_layers * tokens.shape[1]
         row_bytes *= self.positional_embedding.element_size()
         if not needs_graph or row_bytes * len(tokens) <= self.graph_bytes:
-            return self._encode(cut_tokens(tokens), prompts)
+            return self._encode(tokens, prompts)
         rows = max(1, self.graph_bytes // (4 * row_bytes))
         parts = [
             checkpoint(

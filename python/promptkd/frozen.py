@@ -146,19 +146,20 @@ class FrozenLinear(nn.Module):
         ):
             self._packs = {}
             self._packed_from = (self.weight, version, self.bias)
-        if (start, stop) not in self._packs:
-            self._packs[start, stop] = _Packed(*self._rows(start, stop))
-        return self._packs[start, stop]
+        packed = self._packs.get((start, stop))
+        if packed is None:  # two threads may both come here, which does no harm
+            packed = self._packs[start, stop] = _Packed(*self._rows(start, stop))
+        return packed
 
 
 def _can_pack(x: Tensor, weight: Tensor) -> bool:
     return (
-        weight.device.type == "cpu"
+        not _is_traced()
+        and weight.device.type == "cpu"
         and x.dtype == weight.dtype
         and x.device == weight.device
         and x.numel() >= _MIN_ROWS * x.shape[-1]
         and packs(x.dtype)
-        and not _is_traced()
     )
 
 
