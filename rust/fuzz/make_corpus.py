@@ -13,12 +13,14 @@ FOLDER = Path(__file__).parent / "corpus"
 
 
 def exif(orientation: int) -> Image.Exif:
+    """EXIF data with an orientation."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     return exif
 
 
 def main() -> None:
+    """Write every seed."""
     FOLDER.mkdir(exist_ok=True)
     image = photo(70, 50)
     rgba = image.convert("RGBA")

@@ -5,10 +5,11 @@ use std::io::{ErrorKind, Read};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use crate::error::{Error, Result};
 use crate::geometry::{Target, fit};
+use crate::index::read_at;
 use crate::orient::Collector;
 use crate::picture::{Buffers, Picture};
 use crate::resize::{Frame, Rect, Resizer};
@@ -21,6 +22,12 @@ const MAX_FILE: u64 = 1 << 31;
 #[derive(Debug, Clone, Copy)]
 pub enum Source<'a> {
     Path(&'a Path),
+    /// Part of a file, as a member of a tar archive.
+    Slice {
+        path: &'a Path,
+        offset: u64,
+        size: u64,
+    },
     Bytes(&'a [u8]),
 }
 
@@ -171,8 +178,8 @@ fn denominator(targets: &[Target], rect: Rect) -> usize {
     [8, 4, 2].into_iter().find(enough).unwrap_or(1)
 }
 
-/// Reads a file into `buffer`.
-pub fn read_file(path: &Path, buffer: &mut Vec<u8>) -> Result<()> {
+/// Reads a file, or the part of `size` bytes from `offset` on, into `buffer`.
+pub fn read_file(path: &Path, part: Option<(u64, u64)>, buffer: &mut Vec<u8>) -> Result<()> {
     let error = |e: std::io::Error| match e.kind() {
         ErrorKind::NotFound => Error::Missing,
         _ => Error::Unreadable(e.to_string()),
@@ -185,13 +192,24 @@ pub fn read_file(path: &Path, buffer: &mut Vec<u8>) -> Result<()> {
     if !meta.is_file() {
         return Err(Error::Unreadable("it is not a regular file".into()));
     }
-    if meta.len() > MAX_FILE {
-        return Err(Error::TooLarge(format!("a file of {} bytes", meta.len())));
+    let length = part.map_or(meta.len(), |(_, size)| size);
+    if length > MAX_FILE {
+        return Err(Error::TooLarge(format!("a file of {length} bytes")));
     }
     buffer.clear();
-    buffer.reserve(meta.len() as usize + 1);
-    file.take(MAX_FILE).read_to_end(buffer).map_err(error)?;
-    Ok(())
+    let Some((offset, size)) = part else {
+        buffer.reserve(length as usize + 1);
+        file.take(MAX_FILE).read_to_end(buffer).map_err(error)?;
+        return Ok(());
+    };
+    if offset.checked_add(size).is_none_or(|end| end > meta.len()) {
+        return Err(Error::Truncated(format!(
+            "the archive has {} bytes, and the picture's {size} begin at byte {offset}",
+            meta.len()
+        )));
+    }
+    buffer.resize(size as usize, 0);
+    read_at(&file, buffer, offset).map_err(error)
 }
 
 /// Runs `work` on the bytes of a source; a panic of a decoder becomes an error.
@@ -201,16 +219,16 @@ fn with_data<T>(
     work: impl FnOnce(&[u8], &mut Scratch) -> Result<T>,
 ) -> Result<T> {
     let mut file = std::mem::take(&mut scratch.file);
-    let data = match source {
-        Source::Path(path) => {
-            if let Err(error) = read_file(path, &mut file) {
-                scratch.file = file;
-                return Err(error);
-            }
-            &file
-        }
-        Source::Bytes(bytes) => bytes,
+    let read = match source {
+        Source::Path(path) => read_file(path, None, &mut file),
+        Source::Slice { path, offset, size } => read_file(path, Some((offset, size)), &mut file),
+        Source::Bytes(_) => Ok(()),
     };
+    if let Err(error) = read {
+        scratch.file = file;
+        return Err(error);
+    }
+    let data = if let Source::Bytes(bytes) = source { bytes } else { &file };
     let result = catch_unwind(AssertUnwindSafe(|| work(data, scratch)));
     let result = result.unwrap_or_else(|_| {
         *scratch = Scratch::default();
@@ -221,12 +239,13 @@ fn with_data<T>(
 }
 
 /// Decodes many pictures: row i of every output is picture i. Rows that fail are zero and come
-/// back with their error, in order.
+/// back with their error, in order. `cancel` makes the rest fail at once.
 pub fn decode_batch(
     sources: &[Source],
     crops: &[Crop],
     options: &Options,
     threads: usize,
+    cancel: &AtomicBool,
     outputs: &mut [Vec<u8>],
 ) -> Vec<(usize, Error)> {
     assert_eq!(sources.len(), crops.len());
@@ -238,6 +257,9 @@ pub fn decode_batch(
     }
     let rows: Vec<Mutex<Vec<&mut [u8]>>> = rows.into_iter().map(Mutex::new).collect();
     let results = parallel(sources.len(), threads, |i, scratch| {
+        if cancel.load(Ordering::Relaxed) {
+            return Some(Error::Unreadable("it was given up".into()));
+        }
         let mut outs = rows[i].lock().expect("each row has one owner");
         let result = with_data(sources[i], scratch, |data, scratch| {
             decode(data, options, &crops[i], scratch, &mut outs)
@@ -249,6 +271,33 @@ pub fn decode_batch(
     });
     let failed = results.into_iter().enumerate();
     failed.filter_map(|(i, error)| error.map(|error| (i, error))).collect()
+}
+
+/// Turns pictures of `pixels` RGB pixels each into planes of (value / 255 - mean) / std, in single
+/// precision and in torchvision's order of operations.
+pub fn normalize(
+    input: &[u8],
+    pixels: usize,
+    mean: [f32; 3],
+    std: [f32; 3],
+    threads: usize,
+) -> Vec<f32> {
+    let tables: [[f32; 256]; 3] = std::array::from_fn(|c| {
+        std::array::from_fn(|value| (value as f32 / 255.0 - mean[c]) / std[c])
+    });
+    let mut output = vec![0.0; input.len()];
+    let rows = input.chunks_exact(pixels * 3).zip(output.chunks_exact_mut(pixels * 3));
+    let rows: Vec<_> = rows.map(Mutex::new).collect();
+    parallel(rows.len(), threads, |i, _| {
+        let mut row = rows[i].lock().expect("each row has one owner");
+        let (input, output) = &mut *row;
+        for ((c, plane), table) in output.chunks_exact_mut(pixels).enumerate().zip(&tables) {
+            for (out, pixel) in plane.iter_mut().zip(input.chunks_exact(3)) {
+                *out = table[usize::from(pixel[c])];
+            }
+        }
+    });
+    output
 }
 
 /// Upright width and height of many pictures.

@@ -1,6 +1,7 @@
 //! The Python module: types are converted here, the GIL is released, nothing is computed.
 
 use std::path::PathBuf;
+use std::sync::atomic::AtomicBool;
 
 use numpy::ndarray::{Array2, ArrayView1, ArrayView2};
 use numpy::{
@@ -21,9 +22,9 @@ use crate::resize::resize_pixels;
 use crate::simd::Level;
 use crate::view::{self, ViewRange};
 
-type Failures = Vec<(usize, &'static str, String)>;
+pub type Failures = Vec<(usize, &'static str, String)>;
 type Views<'py> = (Bound<'py, PyArray2<i64>>, Bound<'py, PyArray1<bool>>);
-type Outputs<'py> = Vec<Bound<'py, PyArray4<u8>>>;
+pub type Outputs<'py> = Vec<Bound<'py, PyArray4<u8>>>;
 
 /// One output of a decode: its size, and how a picture of another shape is fitted to it.
 #[pyclass(name = "Target", module = "promptkd._rust", frozen, eq, from_py_object)]
@@ -108,10 +109,12 @@ fn unknown(name: &str, value: &str, known: &str) -> PyErr {
     PyValueError::new_err(format!("{name} must be {known}, not '{value}'"))
 }
 
-/// A path or the bytes of a file, owned so that the GIL can be released.
+/// The bytes of a file, a part of one as (path, offset, size), or a path; owned so that the GIL
+/// can be released.
 #[derive(FromPyObject)]
-enum PySource {
+pub enum PySource {
     Bytes(PyBackedBytes),
+    Slice((PathBuf, u64, u64)),
     Path(PathBuf),
 }
 
@@ -119,6 +122,9 @@ impl PySource {
     fn borrow(&self) -> Source<'_> {
         match self {
             PySource::Bytes(bytes) => Source::Bytes(bytes),
+            PySource::Slice((path, offset, size)) => {
+                Source::Slice { path, offset: *offset, size: *size }
+            }
             PySource::Path(path) => Source::Path(path),
         }
     }
@@ -126,51 +132,66 @@ impl PySource {
     fn name(&self, row: usize) -> String {
         match self {
             PySource::Bytes(_) => format!("image {row} (bytes)"),
+            PySource::Slice((path, offset, _)) => format!("'{}' at byte {offset}", path.display()),
             PySource::Path(path) => format!("'{}'", path.display()),
         }
     }
 }
 
 /// Everything that the decoding functions share.
-struct Call {
-    sources: Vec<PySource>,
+pub struct Call {
+    pub sources: Vec<PySource>,
+    pub crops: Vec<Crop>,
+    pub targets: Vec<Target>,
+    pub orient: bool,
+    pub threads: usize,
+    pub max_pixels: u64,
+    pub scaled: bool,
+}
+
+/// What a call gives: the pixels of each target, and the failures.
+pub struct Decoded {
+    rows: usize,
     targets: Vec<Target>,
-    orient: bool,
-    threads: usize,
-    max_pixels: u64,
-    scaled: bool,
+    outputs: Vec<Vec<u8>>,
+    failures: Failures,
 }
 
 impl Call {
-    fn run<'py>(self, py: Python<'py>, crops: &[Crop]) -> PyResult<(Outputs<'py>, Failures)> {
+    /// Runs without the GIL.
+    pub fn run(self, cancel: &AtomicBool) -> Decoded {
         let rows = self.sources.len();
-        let (outputs, failed) = py.detach(|| {
-            let sources: Vec<Source> = self.sources.iter().map(PySource::borrow).collect();
-            let mut outputs: Vec<Vec<u8>> =
-                self.targets.iter().map(|t| vec![0; rows * t.bytes()]).collect();
-            let options = Options {
-                targets: &self.targets,
-                orient: self.orient,
-                max_pixels: self.max_pixels,
-                scaled: self.scaled,
-            };
-            let failed = decode_batch(&sources, crops, &options, self.threads, &mut outputs);
-            (outputs, failed)
-        });
-        let arrays = outputs.into_iter().zip(&self.targets).map(|(output, target)| {
-            output.into_pyarray(py).reshape([rows, target.height, target.width, 3])
-        });
-        let arrays = arrays.collect::<PyResult<_>>()?;
+        let sources: Vec<Source> = self.sources.iter().map(PySource::borrow).collect();
+        let mut outputs: Vec<Vec<u8>> =
+            self.targets.iter().map(|t| vec![0; rows * t.bytes()]).collect();
+        let options = Options {
+            targets: &self.targets,
+            orient: self.orient,
+            max_pixels: self.max_pixels,
+            scaled: self.scaled,
+        };
+        let (crops, threads) = (&self.crops, self.threads);
+        let failed = decode_batch(&sources, crops, &options, threads, cancel, &mut outputs);
         let name = |row: usize| self.sources[row].name(row);
-        Ok((arrays, failed.into_iter().map(|(row, e)| failure(row, &e, name(row))).collect()))
+        let failures = failed.into_iter().map(|(row, e)| failure(row, &e, name(row))).collect();
+        Decoded { rows, targets: self.targets, outputs, failures }
     }
 }
 
-fn failure(row: usize, error: &Error, name: String) -> (usize, &'static str, String) {
+impl Decoded {
+    pub fn into_python(self, py: Python<'_>) -> PyResult<(Outputs<'_>, Failures)> {
+        let arrays = self.outputs.into_iter().zip(&self.targets).map(|(output, target)| {
+            output.into_pyarray(py).reshape([self.rows, target.height, target.width, 3])
+        });
+        Ok((arrays.collect::<PyResult<_>>()?, self.failures))
+    }
+}
+
+pub fn failure(row: usize, error: &Error, name: String) -> (usize, &'static str, String) {
     (row, error.kind(), format!("{name}: {error}"))
 }
 
-fn bare(targets: Vec<PyTarget>) -> Vec<Target> {
+pub fn bare(targets: Vec<PyTarget>) -> Vec<Target> {
     targets.into_iter().map(|target| target.0).collect()
 }
 
@@ -193,6 +214,41 @@ fn check_boxes(boxes: ArrayView2<i64>, expected: usize) -> PyResult<()> {
     Ok(())
 }
 
+/// The crops of boxes and flips, each of which may be left out.
+pub fn box_crops(
+    rows: usize,
+    boxes: Option<PyReadonlyArray2<'_, i64>>,
+    flips: Option<PyReadonlyArray1<'_, bool>>,
+) -> PyResult<Vec<Crop>> {
+    let boxes = boxes.as_ref().map(|b| b.as_array());
+    let flips = flips.as_ref().map(|f| f.as_array());
+    boxes.map_or(Ok(()), |b| check_boxes(b, rows))?;
+    flips.map_or(Ok(()), |f| check_rows("flips", f.len(), rows))?;
+    let crop = |row: usize| {
+        let flip = flips.is_some_and(|f| f[row]);
+        match boxes {
+            Some(boxes) => Crop::Box { sides: sides(boxes, row), flip },
+            None => Crop::Whole { flip },
+        }
+    };
+    Ok((0..rows).map(crop).collect())
+}
+
+/// The crops of random views.
+pub fn view_crops(
+    rows: usize,
+    range: ViewRange,
+    seed: u64,
+    keys: PyReadonlyArray1<'_, u64>,
+    views: PyReadonlyArray1<'_, u32>,
+) -> PyResult<Vec<Crop>> {
+    let (keys, views) = (keys.as_array(), views.as_array());
+    check_rows("keys", keys.len(), rows)?;
+    check_rows("views", views.len(), rows)?;
+    let pairs = keys.iter().zip(views);
+    Ok(pairs.map(|(&key, &view)| Crop::View { range, seed, key, view }).collect())
+}
+
 /// Decode JPEG, PNG and WebP files, or a box of each, into arrays of fixed size.
 #[pyfunction]
 #[pyo3(signature = (sources, targets, *, boxes = None, flips = None, orient = false, threads = 0, max_pixels = 178_956_970, scaled = false))]
@@ -208,20 +264,10 @@ fn decode<'py>(
     max_pixels: u64,
     scaled: bool,
 ) -> PyResult<(Outputs<'py>, Failures)> {
-    let boxes = boxes.as_ref().map(|b| b.as_array());
-    let flips = flips.as_ref().map(|f| f.as_array());
-    boxes.map_or(Ok(()), |b| check_boxes(b, sources.len()))?;
-    flips.map_or(Ok(()), |f| check_rows("flips", f.len(), sources.len()))?;
-    let crop = |row: usize| {
-        let flip = flips.is_some_and(|f| f[row]);
-        match boxes {
-            Some(boxes) => Crop::Box { sides: sides(boxes, row), flip },
-            None => Crop::Whole { flip },
-        }
-    };
-    let crops: Vec<Crop> = (0..sources.len()).map(crop).collect();
-    let call = Call { sources, targets: bare(targets), orient, threads, max_pixels, scaled };
-    call.run(py, &crops)
+    let crops = box_crops(sources.len(), boxes, flips)?;
+    let targets = bare(targets);
+    let call = Call { sources, crops, targets, orient, threads, max_pixels, scaled };
+    py.detach(|| call.run(&AtomicBool::new(false))).into_python(py)
 }
 
 /// Decode the view of each picture that `random_views` gives.
@@ -243,18 +289,13 @@ fn decode_views<'py>(
     max_pixels: u64,
     scaled: bool,
 ) -> PyResult<(Outputs<'py>, Failures)> {
-    let range = view_range(scale, ratio, flip)?;
-    let (keys, views) = (keys.as_array(), views.as_array());
-    check_rows("keys", keys.len(), sources.len())?;
-    check_rows("views", views.len(), sources.len())?;
-    let pairs = keys.iter().zip(views);
-    let crops: Vec<Crop> =
-        pairs.map(|(&key, &view)| Crop::View { range, seed, key, view }).collect();
-    let call = Call { sources, targets: bare(targets), orient, threads, max_pixels, scaled };
-    call.run(py, &crops)
+    let crops = view_crops(sources.len(), view_range(scale, ratio, flip)?, seed, keys, views)?;
+    let targets = bare(targets);
+    let call = Call { sources, crops, targets, orient, threads, max_pixels, scaled };
+    py.detach(|| call.run(&AtomicBool::new(false))).into_python(py)
 }
 
-fn view_range(scale: (f64, f64), ratio: (f64, f64), flip: f64) -> PyResult<ViewRange> {
+pub fn view_range(scale: (f64, f64), ratio: (f64, f64), flip: f64) -> PyResult<ViewRange> {
     let range = ViewRange { scale, ratio, flip };
     range.check().map_err(PyValueError::new_err)?;
     Ok(range)

@@ -9,7 +9,7 @@
 //! multiplications, divisions and square roots are used, which IEEE 754 defines to the last
 //! bit, so every machine draws the same boxes.
 
-const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
+pub const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
 const TRIES: u64 = 10;
 
 /// Bounds of the random crop.
@@ -47,7 +47,7 @@ impl ViewRange {
     }
 }
 
-fn mix(mut z: u64) -> u64 {
+pub fn mix(mut z: u64) -> u64 {
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     z ^ (z >> 31)

@@ -14,10 +14,11 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from promptkd import _rust
 from promptkd.errors import ImageError
 
-Source: TypeAlias = str | os.PathLike[str] | bytes | Image.Image
+Source: TypeAlias = str | os.PathLike[str] | bytes | tuple[str, int, int] | Image.Image
 Pixels: TypeAlias = list[NDArray[np.uint8]]
 Failure: TypeAlias = tuple[int, str, str]
 Box: TypeAlias = tuple[int, int, int, int]
+Crop: TypeAlias = Callable[[int, tuple[int, int]], tuple[Box, bool]]
 OnError: TypeAlias = Literal["raise", "skip"]
 
 MAX_PIXELS = 178_956_970
@@ -41,7 +42,8 @@ def decode_images(
     """Decode pictures, or a box of each, into arrays of fixed size.
 
     Args:
-        sources: paths, the bytes of files, or Pillow images; B of them.
+        sources: paths, the bytes of files, parts of files as (path, offset, size), or Pillow
+            images; B of them.
         targets: what is made of each picture.
         boxes: (B, 4) left, top, right, bottom in pixels (after the orientation if `orient`).
         flips: (B,) whether the result is mirrored.
@@ -59,13 +61,8 @@ def decode_images(
     Raises:
         ImageError: a picture can't be decoded and `on_error` is "raise".
     """
-
-    def crop(row: int, size: tuple[int, int]) -> tuple[Box, bool]:
-        left, top, right, bottom = (0, 0, *size) if boxes is None else boxes[row].tolist()
-        return (left, top, right, bottom), flips is not None and bool(flips[row])
-
     pixels, failures = _rust.decode(
-        _files(sources),
+        files_of(sources),
         targets,
         boxes=boxes,
         flips=flips,
@@ -74,8 +71,9 @@ def decode_images(
         max_pixels=max_pixels,
         scaled=scaled,
     )
-    failures = _with_pillow(sources, targets, pixels, failures, crop, orient, max_pixels)
-    return _settle(pixels, failures, on_error)
+    crop = box_crop(boxes, flips)
+    failures = with_pillow(sources, targets, pixels, failures, crop, orient, max_pixels)
+    return settle(pixels, failures, on_error)
 
 
 def decode_views(
@@ -97,7 +95,8 @@ def decode_views(
     """Decode a random view of each picture: a box and a flip from (seed, key, view) alone.
 
     Args:
-        sources: paths, the bytes of files, or Pillow images; B of them.
+        sources: paths, the bytes of files, parts of files as (path, offset, size), or Pillow
+            images; B of them.
         targets: what is made of each view.
         seed: of the run.
         keys: (B,) `_rust.image_key` of each picture's path relative to its root.
@@ -117,18 +116,8 @@ def decode_views(
     Raises:
         ImageError: a picture can't be decoded and `on_error` is "raise".
     """
-
-    def crop(row: int, size: tuple[int, int]) -> tuple[Box, bool]:
-        one = slice(row, row + 1)
-        sizes = np.array([size], dtype=np.int64)
-        boxes, flips = _rust.random_views(
-            seed, keys[one], views[one], sizes, scale=scale, ratio=ratio, flip=flip
-        )
-        left, top, right, bottom = boxes[0].tolist()
-        return (left, top, right, bottom), bool(flips[0])
-
     pixels, failures = _rust.decode_views(
-        _files(sources),
+        files_of(sources),
         targets,
         seed=seed,
         keys=keys,
@@ -141,33 +130,67 @@ def decode_views(
         max_pixels=max_pixels,
         scaled=scaled,
     )
-    failures = _with_pillow(sources, targets, pixels, failures, crop, orient, max_pixels)
-    return _settle(pixels, failures, on_error)
+    crop = view_crop(seed, keys, views, scale, ratio, flip)
+    failures = with_pillow(sources, targets, pixels, failures, crop, orient, max_pixels)
+    return settle(pixels, failures, on_error)
 
 
-def _files(sources: Sequence[Source]) -> list[str | bytes]:
+def box_crop(boxes: NDArray[np.int64] | None, flips: NDArray[np.bool_] | None) -> Crop:
+    """The box and flip of a row of a given size, for pictures that Pillow decodes."""
+
+    def crop(row: int, size: tuple[int, int]) -> tuple[Box, bool]:
+        left, top, right, bottom = (0, 0, *size) if boxes is None else boxes[row].tolist()
+        return (left, top, right, bottom), flips is not None and bool(flips[row])
+
+    return crop
+
+
+def view_crop(
+    seed: int,
+    keys: NDArray[np.uint64],
+    views: NDArray[np.uint32],
+    scale: tuple[float, float],
+    ratio: tuple[float, float],
+    flip: float,
+) -> Crop:
+    """As `box_crop`, for random views."""
+
+    def crop(row: int, size: tuple[int, int]) -> tuple[Box, bool]:
+        one = slice(row, row + 1)
+        sizes = np.array([size], dtype=np.int64)
+        boxes, flips = _rust.random_views(
+            seed, keys[one], views[one], sizes, scale=scale, ratio=ratio, flip=flip
+        )
+        left, top, right, bottom = boxes[0].tolist()
+        return (left, top, right, bottom), bool(flips[0])
+
+    return crop
+
+
+def files_of(sources: Sequence[Source]) -> list[str | bytes | tuple[str, int, int]]:
     """What Rust gets to see: nothing of a Pillow image."""
     return [
-        b"" if isinstance(s, Image.Image) else s if isinstance(s, bytes) else os.fspath(s)
+        b"" if isinstance(s, Image.Image) else s if isinstance(s, (bytes, tuple)) else os.fspath(s)
         for s in sources
     ]
 
 
-def _settle(
+def settle(
     pixels: Pixels, failures: list[Failure], on_error: OnError
 ) -> tuple[Pixels, list[Failure]]:
+    """Raise for the first failure unless they are skipped."""
     if failures and on_error == "raise":
         more = f" (and {len(failures) - 1} more)" if len(failures) > 1 else ""
         raise ImageError(failures[0][2] + more)
     return pixels, failures
 
 
-def _with_pillow(
+def with_pillow(
     sources: Sequence[Source],
     targets: Sequence[_rust.Target],
     pixels: Pixels,
     failures: list[Failure],
-    crop: Callable[[int, tuple[int, int]], tuple[Box, bool]],
+    crop: Crop,
     orient: bool,
     max_pixels: int,
 ) -> list[Failure]:
@@ -179,7 +202,7 @@ def _with_pillow(
         if kind not in ("unsupported", "not_an_image") and not isinstance(source, Image.Image):
             left.append(failure)
             continue
-        name = message.split(":", 1)[0] if isinstance(source, bytes) else f"'{source}'"
+        name = _name(source, row)
         try:
             image = _open(source, orient, max_pixels)
             box, flip = crop(row, (image.shape[1], image.shape[0]))
@@ -197,10 +220,28 @@ def _with_pillow(
     return left
 
 
+def _name(source: Source, row: int) -> str:
+    """As Rust names them."""
+    match source:
+        case Image.Image():
+            return f"image {row} (a Pillow image)"
+        case bytes():
+            return f"image {row} (bytes)"
+        case (path, offset, _):
+            return f"'{path}' at byte {offset}"
+        case _:
+            return f"'{os.fspath(source)}'"
+
+
 def _open(source: Source, orient: bool, max_pixels: int) -> NDArray[np.uint8]:
     """A picture as RGB (H, W, 3), through Pillow."""
     if isinstance(source, Image.Image):
         return _rgb(source, orient)
+    if isinstance(source, tuple):
+        path, offset, size = source
+        with open(path, "rb") as file:
+            file.seek(offset)
+            source = file.read(size)
     with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
         width, height = image.size
         if width * height > max_pixels:
