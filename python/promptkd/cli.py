@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import tyro
 
 from promptkd.errors import PromptKDError
+from promptkd.reproduce_cli import Commands as PaperCommands
 from promptkd.stages.distill import DistillConfig
 from promptkd.stages.teach import TeachConfig
 
@@ -241,6 +242,7 @@ Command = (
     | Annotated[Distill, tyro.conf.subcommand("distill")]
     | Annotated[Predict, tyro.conf.subcommand("predict")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | PaperCommands
 )
 
 
