@@ -6,6 +6,7 @@ backward pass multiplies by what arrives. Triton is imported for a CUDA tensor o
 
 import functools
 import importlib.util
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -52,21 +53,24 @@ def _kd_rows(
         if _takes_kernels(student):
             from . import launch
 
-            pair = (_on_device(student_pair, student), _on_device(teacher_pair, student))
             given = teacher if logits is None else logits
             kind: configs.Teacher = "none" if mu is not None else "features"
-            return launch.kd_rows(
-                student.contiguous(),
-                pair[0],
-                None if given is None else given.contiguous(),
-                kind if logits is None else "logits",
-                pair[1],
-                (None if mu is None else mu.contiguous(), None if h is None else h.contiguous()),
-                vectors.contiguous(),
-                temperature,
-                weight,
-                need_gradient,
-            )
+            with _device_of(student):
+                return launch.kd_rows(
+                    student.contiguous(),
+                    _on_device(student_pair, student),
+                    None if given is None else given.contiguous(),
+                    kind if logits is None else "logits",
+                    _on_device(teacher_pair, student),
+                    (
+                        None if mu is None else mu.contiguous(),
+                        None if h is None else h.contiguous(),
+                    ),
+                    vectors.contiguous(),
+                    temperature,
+                    weight,
+                    need_gradient,
+                )
         return _in_tiles(
             student, student_pair, vectors, teacher, teacher_pair, logits, mu, h,
             temperature, weight, need_gradient,
@@ -189,9 +193,13 @@ def statistics(
     if _takes_kernels(features) and configs.fits_split(vectors.shape[1], vectors.element_size()):
         from . import launch
 
-        return launch.statistics(
-            features.contiguous(), _on_device(scale, features), vectors.contiguous(), temperature
-        )
+        with _device_of(features):
+            return launch.statistics(
+                features.contiguous(),
+                _on_device(scale, features),
+                vectors.contiguous(),
+                temperature,
+            )
     dtype = torch.promote_types(vectors.dtype, torch.float32)
     query = scaled_query(features, scale, temperature, dtype)
     log_sum, mu = tiles.attend(query, vectors)
@@ -203,11 +211,17 @@ def top_k(features: Tensor, scale: Scale, vectors: Tensor, k: int) -> tuple[Tens
     if _takes_kernels(features) and k <= configs.TOP_K_LARGEST:
         from . import launch
 
-        return launch.top_k(
-            features.contiguous(), _on_device(scale, features), vectors.contiguous(), k
-        )
+        with _device_of(features):
+            return launch.top_k(
+                features.contiguous(), _on_device(scale, features), vectors.contiguous(), k
+            )
     dtype = torch.promote_types(vectors.dtype, torch.float32)
     return tiles.top_k(scaled_query(features, scale, 1.0, dtype), vectors, k)
+
+
+def _device_of(tensor: Tensor) -> AbstractContextManager[None]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
 def _takes_kernels(features: Tensor) -> bool:

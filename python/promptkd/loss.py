@@ -74,7 +74,9 @@ def kd_loss(
     """Return T² KL(teacher || student) over the classes.
 
     Gradients go to `student_features` (through their normalisation) and to `student_scale`
-    where it is a tensor that asks for one; never to the teacher or the class vectors.
+    where it is a tensor that asks for one; never to the teacher or the class vectors. It can be
+    differentiated once. Sums are in float32; float32 products on a GPU follow
+    `torch.set_float32_matmul_precision`.
 
     Args:
         student_features: (B, D), of any length; they are normalised here.
