@@ -142,11 +142,11 @@ def test_what_does_not_fit_is_refused(models: Models, tmp_path: Path) -> None:
     for checkpoint, message in wrong:
         with pytest.raises(CheckpointError, match=message):
             official_teacher(checkpoint, big, CLASSES)
-    with pytest.raises(CheckpointError, match="of width 48 in 2 layers; .* has width 32"):
+    with pytest.raises(CheckpointError, match=r"of width 48 in 2 layers; .* has width 32"):
         official_teacher(good, small, CLASSES)
     teacher = official_teacher(good, big, CLASSES)
     pupil = official.load(student_file(tmp_path, wide=41))
-    with pytest.raises(CheckpointError, match="from width 24 to 41, but .* have 40"):
+    with pytest.raises(CheckpointError, match=r"from width 24 to 41, but .* have 40"):
         official_student(pupil, small, teacher)
 
 

@@ -46,14 +46,14 @@ def accuracy_table(summary: Mapping[str, Any]) -> str:
     """Every number beside the paper's, and their difference."""
     mark = "*" if summary["selection"] == "paper" else ""
     heads, rows = ["dataset"], []
-    rated = {c for row in summary["rows"] for c, value in row["paper"].items() if value is not None}
+    rated = summary["compared"]
     for column, head in summary["columns"].items():
         heads += [head + mark, "paper", "Δ"] if column in rated else [head + mark]
     for row in [*summary["rows"], *([summary["mean"]] if summary["mean"] else [])]:
         failed = " †" if row["collapsed"] else ""
         rows.append(_accuracy_row(row["title"], row["ours"], row["paper"], rated, failed))
         if row["without_collapsed"] is not None:
-            title = "without collapsed seeds"
+            title = "\N{NO-BREAK SPACE}\N{NO-BREAK SPACE}sound seeds only"
             rows.append(_accuracy_row(title, row["without_collapsed"], row["paper"], rated, ""))
     titles = [row[0] for row in rows]
     mean = titles.index(summary["mean"]["title"]) if summary["mean"] else None

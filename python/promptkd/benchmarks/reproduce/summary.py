@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from promptkd.benchmarks.paper import PAPER, PAPER_MEAN, PaperResult
@@ -42,6 +43,7 @@ def summarise(plan: Plan, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "selection": plan.selection,
         "seeds": list(plan.seeds),
         "columns": heads,
+        "compared": compared(plan.protocol),
         "notes": _notes(plan, results),
         "rows": rows,
         "mean": _mean_row(plan, rows, results) if rows else None,
@@ -173,25 +175,36 @@ def spread_text(found: Spread | None) -> str:
 def main_table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Heads and rows of the table: every number beside the paper's."""
     mark = _TEST_CHOSEN if summary["selection"] == "paper" else ""
-    heads = ["dataset"]
-    for head in summary["columns"].values():
-        heads += [head + mark, "paper"]
-    rows = []
+    heads, rows = ["dataset"], []
+    beside = compared(summary["protocol"])
+    for column, head in summary["columns"].items():
+        heads += [head + mark, "paper"] if column in beside else [head + mark]
     for row in [*summary["rows"], *([summary["mean"]] if summary["mean"] else [])]:
         failed = _COLLAPSED if row["collapsed"] else ""
-        rows.append(_text_row(row["title"], row["ours"], row["paper"], failed))
+        rows.append(_text_row(row["title"], row["ours"], row["paper"], beside, failed))
         if row["without_collapsed"] is not None:
-            title = "  without collapsed seeds"
-            rows.append(_text_row(title, row["without_collapsed"], row["paper"], ""))
+            sound = row["without_collapsed"]
+            rows.append(_text_row("  sound seeds only", sound, row["paper"], beside, ""))
     return heads, rows
 
 
+def compared(protocol: str) -> list[str]:
+    """Columns that stand beside the paper's: it has no accuracy over base and novel together."""
+    return [c for c in columns(protocol) if c != "all" or protocol != "base-to-novel"]
+
+
 def _text_row(
-    title: str, ours: Mapping[str, Spread | None], paper: Mapping[str, float | None], failed: str
+    title: str,
+    ours: Mapping[str, Spread | None],
+    paper: Mapping[str, float | None],
+    beside: Sequence[str],
+    failed: str,
 ) -> list[str]:
     cells = [title]
     for column, found in ours.items():
-        cells += [spread_text(found) + (f" {failed}" if failed else ""), number(paper[column])]
+        cells.append(spread_text(found) + (f" {failed}" if failed else ""))
+        if column in beside:
+            cells.append(number(paper[column]))
     return cells
 
 
@@ -225,10 +238,13 @@ def title(summary: dict[str, Any]) -> str:
 def terminal_table(summary: dict[str, Any]) -> Table:
     """For a terminal."""
     heads, rows = main_table(summary)
-    table = Table(title=title(summary), caption="\n".join(summary["notes"]) or None)
+    notes = "\n".join(summary["notes"]) or None
+    table = Table(title=title(summary), caption=notes, caption_justify="left", box=box.SIMPLE_HEAD)
     for place, head in enumerate(heads):
         dim = "dim" if head == "paper" else ""
-        table.add_column(head, justify="left" if place == 0 else "right", style=dim)
+        table.add_column(
+            head, justify="left" if place == 0 else "right", style=dim, no_wrap=place == 0
+        )
     for row in rows:
         if row[0] == (summary["mean"] or {}).get("title"):
             table.add_section()
