@@ -160,6 +160,7 @@ def test_both_towers_see_the_same_view(models: Models, photos: Path, teacher: Te
     own = (resized - torch.tensor([0.5, 0.4, 0.3])[:, None, None]) / torch.tensor([0.2, 0.3, 0.4])[
         :, None, None
     ]
+    assert isinstance(batch.teacher_features, torch.Tensor)
     similar = torch.nn.functional.cosine_similarity(
         teacher.encode_image(own), batch.teacher_features
     )
@@ -177,7 +178,7 @@ def test_views_come_around_and_are_computed_once(
     run_distill(
         teacher, models, photos, config=replace(DISTILL, epochs=6, max_steps=None, holdout=0.0)
     )
-    assert sum(seen) == 36 + 2 * 36  # a look at all pictures, then two views of each
+    assert sum(seen) == 36 + 2 * 64  # a look at all pictures, then two views, each padded to 64
     seen.clear()
     run_distill(
         teacher, models, photos, config=replace(DISTILL, epochs=2, max_steps=None, holdout=0.0)

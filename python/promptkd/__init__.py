@@ -1,5 +1,6 @@
 """Turn a large CLIP into a small, fast classifier for your own pictures, without labels."""
 
+from promptkd.cache import FeatureCache, build_cache
 from promptkd.errors import PromptKDError
 from promptkd.evaluate import Evaluation
 from promptkd.stages.distill import DistillConfig, distill
@@ -10,11 +11,13 @@ from promptkd.teacher import Teacher
 __all__ = [
     "DistillConfig",
     "Evaluation",
+    "FeatureCache",
     "Prediction",
     "PromptKDError",
     "Student",
     "TeachConfig",
     "Teacher",
+    "build_cache",
     "distill",
     "teach",
 ]

@@ -20,9 +20,10 @@ from torch import Tensor
 from promptkd.benchmarks import paper
 from promptkd.clip import Clip, load_clip
 from promptkd.data.sources import ImageList, check_class_names, unlabelled
-from promptkd.errors import DataError
-from promptkd.loss import kd_loss
+from promptkd.errors import DataError, TrainingError
+from promptkd.loss import TeacherLogits, TeacherStatistics, kd_loss
 from promptkd.prompts import DeepPrompts
+from promptkd.stages.cached import CachedTeacher, Wanted, teacher_from_cache
 from promptkd.stages.holdout import Holdout, describe_teacher, split_holdout
 from promptkd.stages.progress import Progress
 from promptkd.stages.run import Run, TrainConfig, Training
@@ -40,11 +41,11 @@ class DistillConfig(TrainConfig):
 
     epochs: int = 20
     """Passes over the pictures."""
-    min_steps: int = 8000
+    min_steps: int = 4000
     """Go on for at least so many steps, whatever `epochs` says (a small folder needs them)."""
-    batch_size: int = 32
+    batch_size: int = 64
     """Pictures a step."""
-    lr: float = 0.003
+    lr: float = 0.005
     """Peak learning rate."""
     optimizer: Literal["sgd", "adamw"] = "adamw"
     """"sgd": momentum 0.9, no Nesterov; "adamw": the default betas."""
@@ -133,27 +134,33 @@ class DistillStep:
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
         """Return {"loss": kd_weight·T²·KL, "kl": T²·KL}, batch means."""
+        teacher = batch.teacher_features
         rows = kd_loss(
             self.student.project(batch.pixels),
-            batch.teacher_features,
+            teacher,
             self.class_vectors,
             student_scale=self.student.logit_scale,
-            teacher_scale=self.teacher_scale,
+            teacher_scale=self.teacher_scale if isinstance(teacher, Tensor) else None,
             temperature=self.config.temperature,
             reduction="none",
         )
         if self.config.min_confidence > 0:
-            rows = rows * self._confident(batch.teacher_features)
+            rows = rows * self._confident(teacher)
         kl = rows.mean()
         return {"loss": self.config.kd_weight * kl, "kl": kl.detach()}
 
-    def _confident(self, teacher_features: Tensor) -> Tensor:
-        logits = self.teacher_scale * teacher_features @ self.class_vectors.T
+    def _confident(self, teacher: Tensor | TeacherStatistics | TeacherLogits) -> Tensor:
+        if isinstance(teacher, TeacherStatistics):
+            raise TrainingError("min_confidence needs the teacher's features, not its statistics")
+        if isinstance(teacher, TeacherLogits):
+            logits = teacher.logits
+        else:
+            logits = self.teacher_scale * teacher @ self.class_vectors.T
         return (logits.softmax(dim=-1).amax(dim=-1) >= self.config.min_confidence).float()
 
 
 def new_student(
-    clip: Clip, teacher: Teacher, config: DistillConfig, *, orient: bool = True
+    clip: Clip, teacher: Teacher | CachedTeacher, config: DistillConfig, *, orient: bool = True
 ) -> Student:
     """An untrained student: random prompts and projector from the seed, the teacher's vectors."""
     generator = torch.Generator().manual_seed(config.seed)
@@ -180,6 +187,7 @@ def distill(
     teacher: Any = "ViT-L-14/openai",
     student: Any = "ViT-B-16/openai",
     labelled: Any = None,
+    cache: str | os.PathLike[str] | None = None,
     output: str | os.PathLike[str] | None = None,
     resume: bool = False,
     device: torch.device | str | None = None,
@@ -197,6 +205,8 @@ def distill(
         teacher: a model name (zero-shot: template ensemble), a teacher folder, or a `Teacher`.
         student: the small CLIP, in any form that `promptkd.clip.load_clip` takes.
         labelled: a few labelled pictures: run stage 1 on `teacher` (a model name) first.
+        cache: folder of a teacher cache, built if absent; its views are used, and the teacher is
+            not loaded.
         output: folder for the student, checkpoints and log (stage 1 goes to `output`/teacher).
         resume: go on with the run in `output`.
         device: default: the GPU if there is one.
@@ -213,7 +223,8 @@ def distill(
         DataError: no pictures, a single one, no or repeated class names, names beside a teacher
             that brings its own.
         ModelError: an unknown or unsuitable model.
-        CheckpointError: `output` holds another run, or a damaged checkpoint.
+        CheckpointError: `output` holds another run, or a damaged checkpoint; `cache` was built by
+            another teacher or from other pictures.
         TrainingError: the loss diverged; the last good checkpoint is kept.
     """
     config = config or DistillConfig()
@@ -223,18 +234,36 @@ def distill(
     if len(pictures) < 2:
         raise DataError("distilling needs at least two pictures (BatchNorm can't learn from one)")
     folder = Path(output).expanduser() if output is not None else None
-    guide = _the_teacher(
-        teacher,
-        class_names,
-        labelled,
-        folder,
-        resume,
-        place,
-        config,
-        teach_config,
-        orient,
-        progress,
-    )
+
+    def load() -> Teacher:
+        return _the_teacher(
+            teacher,
+            class_names,
+            labelled,
+            folder,
+            resume,
+            place,
+            config,
+            teach_config,
+            orient,
+            progress,
+        )
+
+    guide: Teacher | CachedTeacher
+    if cache is None:
+        guide = load()
+    else:
+        templates = teach_config.templates if teach_config is not None else config.templates
+        guide = teacher_from_cache(
+            cache,
+            Wanted(teacher, class_names, labelled, templates, load),
+            pictures,
+            config,
+            num_views=_views_to_cache(config, len(pictures)),
+            orient=orient,
+            device=place,
+            say=progress.say,
+        )
     clip = load_clip(student, precision=config.precision, device=place)
     identity = {
         "config": asdict(replace(config, checkpoint_minutes=TrainConfig().checkpoint_minutes)),
@@ -243,6 +272,9 @@ def distill(
         "class_names": list(guide.class_names),
         "images": pictures.digest(),
         "orient": orient,
+        "cache": guide.cache.manifest.recipe.fingerprint()
+        if isinstance(guide, CachedTeacher)
+        else None,
     }
     run = Run(folder, "distill", identity, resume=resume)
     if resume and folder is not None and (folder / "student.json").is_file():
@@ -253,6 +285,14 @@ def distill(
         pupil.save(folder)
         run.finish()
     return pupil
+
+
+def _views_to_cache(config: DistillConfig, num_images: int) -> int:
+    """As many views as epochs, at most `config.views`."""
+    num_train = len(split_holdout(num_images, config.holdout, config.seed)[0])
+    per_epoch = max(1, num_train // config.batch_size)
+    num_epochs = -(-config.num_steps(per_epoch) // per_epoch)
+    return min(num_epochs, config.views or num_epochs)
 
 
 def _the_teacher(
@@ -313,7 +353,7 @@ def _the_teacher(
 
 def _train(
     student: Student,
-    teacher: Teacher,
+    teacher: Teacher | CachedTeacher,
     pictures: ImageList,
     config: DistillConfig,
     run: Run,
@@ -335,7 +375,9 @@ def _train(
     )
     before = holdout.measure(student)
     zero_shot = holdout.zero_shot_agreement(config.templates)
-    batches = ViewBatches(images, student, teacher, config, orient=orient, progress=progress)
+    batches = ViewBatches(
+        images, student, teacher, config, orient=orient, progress=progress, within=pictures
+    )
     step = DistillStep(student, teacher.logit_scale, config)
     num_steps = config.num_steps(batches.steps_per_epoch)
     every = max(1, num_steps // _EVALUATIONS)

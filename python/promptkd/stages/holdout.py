@@ -14,6 +14,7 @@ from promptkd.clip import Preprocess
 from promptkd.data.loader import chunks, load_whole, prefetch
 from promptkd.data.sources import ImageList
 from promptkd.errors import DataError
+from promptkd.stages.cached import CachedTeacher
 from promptkd.stages.progress import Progress
 from promptkd.student import Student
 from promptkd.teacher import Teacher, ensemble_features, unit
@@ -36,7 +37,7 @@ class Holdout:
 
     def __init__(
         self,
-        teacher: Teacher,
+        teacher: Teacher | CachedTeacher,
         student: Student,
         images: ImageList,
         temperature: float,
@@ -126,9 +127,11 @@ def whole_batches(
 
 @torch.no_grad()
 def teacher_log_probs(
-    teacher: Teacher, images: ImageList, temperature: float, *, orient: bool
+    teacher: Teacher | CachedTeacher, images: ImageList, temperature: float, *, orient: bool
 ) -> tuple[Tensor, list[int]]:
     """log softmax of the teacher's logits on whole pictures, (n, C), and the n rows it could read."""
+    if isinstance(teacher, CachedTeacher):
+        return teacher.log_probs(images, temperature)
     vectors = teacher.class_vectors
     rows, kept = [vectors.new_zeros(0, len(vectors))], []
     for pixels, read in whole_batches(images, teacher.preprocess, teacher, orient):
@@ -138,12 +141,14 @@ def teacher_log_probs(
 
 
 def describe_teacher(
-    teacher: Teacher, images: ImageList, *, orient: bool, progress: Progress
+    teacher: Teacher | CachedTeacher, images: ImageList, *, orient: bool, progress: Progress
 ) -> dict[str, Any]:
     """What the teacher makes of (a sample of) the pictures, told to the user before training."""
     sample = images.select(range(0, len(images), math.ceil(len(images) / _LOOK_AT)))
     log_probs, kept = teacher_log_probs(teacher, sample, 1.0, orient=orient)
     if not kept:
+        if isinstance(teacher, CachedTeacher):
+            raise DataError(f"none of {len(sample)} pictures could be read for the cache")
         load_whole(sample.paths[:1], [teacher.preprocess], orient=orient)  # raises with the reason
         raise DataError(f"none of {len(sample)} pictures can be read")
     best, label = log_probs.exp().max(dim=-1)

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from promptkd.data.loader import (
-    CropRecipe,
-    ViewLoader,
-    chunks,
-    epoch_order,
-    prefetch,
-    split_batches,
-)
+from promptkd.cache.encode import ViewEncoder
+from promptkd.cache.layout import canonical
+from promptkd.data.loader import CropRecipe, ViewLoader, epoch_order, prefetch, split_batches
 from promptkd.data.sources import ImageList
+from promptkd.loss import TeacherLogits, TeacherStatistics
+from promptkd.stages.cached import CachedTeacher, CachedViews, CheckedLoader
 from promptkd.stages.progress import Progress
 from promptkd.student import Student
 from promptkd.teacher import Teacher
@@ -32,7 +29,8 @@ class TeacherViews:
     """Unit teacher features (N, D) of view 0, 1, … of a list of pictures.
 
     A view is always computed whole, in the same order and batches, so that a resumed run gets the
-    same bits as one that was never interrupted.
+    same bits as one that was never interrupted, and as one from a cache of `within`, the list
+    that the pictures are taken from.
     """
 
     def __init__(
@@ -45,10 +43,15 @@ class TeacherViews:
         orient: bool,
         dtype: torch.dtype,
         progress: Progress,
+        within: ImageList | None = None,
     ) -> None:
         self._teacher, self._dtype, self._progress = teacher, dtype, progress
         self._num_images = len(images)
-        self._loader = ViewLoader(images, [teacher.preprocess], crop, seed=seed, orient=orient)
+        ordered = canonical(within if within is not None else images)[0]
+        place = {name: row for row, name in enumerate(ordered.names)}
+        self._rows = [place[name] for name in images.names]
+        self._num_encoded = len(ordered)
+        self._encoder = ViewEncoder(teacher, ordered, crop, seed=seed, orient=orient)
         self._kept: dict[int, Tensor] = {}
 
     def plan(self, views: int, num_epochs: int) -> int:
@@ -67,11 +70,14 @@ class TeacherViews:
             return 0
         return views
 
-    def features(self, view: int) -> Tensor:
-        """Features (N, D) of a view, computed on first use; unreadable pictures are rows of zeros."""
+    def answers(self, view: int, kept: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Features (B, D) of rows of a view, which is computed on first use, and whether (B,) the
+        teacher could read them.
+        """
         if view not in self._kept:
             self._kept[view] = self._compute(view)
-        return self._kept[view]
+        found = self._kept[view][list(kept)]
+        return found, ~found[:, 0].isnan()
 
     def encode(self, pixels: Tensor) -> Tensor:
         """Features (B, D) of uint8 pixels (B, H, W, 3)."""
@@ -81,22 +87,29 @@ class TeacherViews:
         )
 
     def _compute(self, view: int) -> Tensor:
+        """Features (N, D); rows of pictures that can't be read are NaN."""
         width = self._teacher.class_vectors.shape[1]
-        features = torch.zeros(self._num_images, width, dtype=self._dtype)
-        for (pixels,), kept in prefetch(
-            self._loader.load, [(c, view) for c in chunks(self._num_images)]
-        ):
-            if kept:
-                features[kept] = self.encode(pixels).cpu()
-        return features
+        features = torch.empty(self._num_encoded, width, dtype=self._dtype)
+        done = 0
+        for batch in self._encoder.encode(view, 0, self._num_encoded):
+            rows = len(batch.hashes)
+            features[done : done + rows] = batch.features[:rows].cpu()
+            features[[done + place for place in batch.reasons]] = torch.nan
+            done += rows
+        return features[self._rows]
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One step's input: normalised pixels (B, 3, H, W) and the teacher's unit features (B, D)."""
+    """One step's input.
+
+    Attributes:
+        pixels: (B, 3, H, W), normalised.
+        teacher_features: the teacher's (B, D), unit rows, or what a cache holds in their place.
+    """
 
     pixels: Tensor
-    teacher_features: Tensor
+    teacher_features: Tensor | TeacherStatistics | TeacherLogits
 
 
 class ViewBatches:
@@ -106,16 +119,20 @@ class ViewBatches:
         self,
         images: ImageList,
         student: Student,
-        teacher: Teacher,
+        teacher: Teacher | CachedTeacher,
         config: DistillConfig,
         *,
         orient: bool,
         progress: Progress,
+        within: ImageList | None = None,
     ) -> None:
         self._images, self._student, self._config = images, student, config
         self._dtype = config.compute_dtype
+        if isinstance(teacher, CachedTeacher):
+            self._from_cache(teacher, orient)
+            return
         crop = CropRecipe(scale=config.crop_scale)
-        self._views = TeacherViews(
+        self._online = TeacherViews(
             teacher,
             images,
             crop,
@@ -123,13 +140,28 @@ class ViewBatches:
             orient=orient,
             dtype=self._dtype,
             progress=progress,
+            within=within,
         )
+        self._views: TeacherViews | CachedViews = self._online
         per_epoch = self.steps_per_epoch
         num_epochs = -(-config.num_steps(per_epoch) // per_epoch)
         self._period = self._views.plan(config.views, num_epochs)
         both = [student.clip.preprocess, teacher.preprocess]
         self._loader = ViewLoader(
             images, both if self._period == 0 else both[:1], crop, seed=config.seed, orient=orient
+        )
+
+    def _from_cache(self, teacher: CachedTeacher, orient: bool) -> None:
+        recipe = teacher.cache.manifest.recipe
+        views = CachedViews(teacher.cache, self._images, self._dtype)
+        self._views, self._period = views, views.plan(self._config.views, 0)
+        self._loader = CheckedLoader(
+            self._images,
+            [self._student.clip.preprocess],
+            recipe.crop,
+            seed=recipe.seed,
+            orient=orient,
+            views=views,
         )
 
     @property
@@ -147,13 +179,29 @@ class ViewBatches:
         order = epoch_order(len(self._images), self._config.seed, epoch)
         rows = split_batches(order, self._config.batch_size)[first:]
         view = epoch % self._period if self._period else epoch
-        known = self._views.features(view) if self._period else None
+        device = self._student.device
         for pixels, kept in prefetch(self._loader.load, [(r, view) for r in rows]):
             if len(kept) < 2:
                 continue  # BatchNorm needs two
-            device = self._student.device
             mine = self._student.clip.preprocess.normalize(pixels[0].to(device), self._dtype)
-            if known is not None:
-                yield Batch(mine, known[kept].to(device))
-            else:
-                yield Batch(mine, self._views.encode(pixels[1]))
+            if not self._period:
+                yield Batch(mine, self._online.encode(pixels[1]))
+                continue
+            answers, good = self._views.answers(view, kept)
+            if bool(good.all()):
+                yield Batch(mine, _move(answers, device))
+            elif int(good.sum()) >= 2:
+                answers = self._views.answers(
+                    view, [r for r, g in zip(kept, good, strict=True) if g]
+                )[0]
+                yield Batch(mine[good.to(device)], _move(answers, device))
+
+
+def _move(
+    answers: Tensor | TeacherStatistics | TeacherLogits, device: torch.device
+) -> Tensor | TeacherStatistics | TeacherLogits:
+    if isinstance(answers, TeacherStatistics):
+        return TeacherStatistics(answers.mu.to(device), answers.h.to(device))
+    if isinstance(answers, TeacherLogits):
+        return TeacherLogits(answers.logits.to(device))
+    return answers.to(device)

@@ -1,0 +1,128 @@
+"""The teacher as the cache keeps it: class vectors, names, scale, and what it was made of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from promptkd import _rust
+from promptkd.cache.layout import temporary_for
+from promptkd.clip import PRECISIONS, hash_tensors
+from promptkd.errors import CheckpointError
+from promptkd.prompts import DeepPrompts
+from promptkd.teacher import Teacher
+
+FILE = "teacher.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTeacher:
+    """All of a teacher but its towers.
+
+    Attributes:
+        class_names: C names.
+        class_vectors: (C, D).
+        logit_scale: exp of the learned log scale.
+        fingerprint: `Teacher.fingerprint()`.
+        model: name of the CLIP.
+        model_files: digest of the CLIP's files where the name is that of a folder or file.
+        image_hash: digest of the image tower's weights.
+        prompts: digest of the vision prompts.
+        precision: how the frozen weights were stored.
+        method, templates: how the class vectors were made.
+    """
+
+    class_names: tuple[str, ...]
+    class_vectors: Tensor = field(repr=False)
+    logit_scale: float
+    fingerprint: str
+    model: str
+    model_files: str
+    image_hash: str
+    prompts: str
+    precision: str
+    method: str
+    templates: tuple[str, ...]
+
+    @classmethod
+    def of(cls, teacher: Teacher) -> StoredTeacher:
+        """What is to be kept of a loaded teacher."""
+        return cls(
+            class_names=tuple(teacher.class_names),
+            class_vectors=teacher.class_vectors.detach().cpu(),
+            logit_scale=teacher.logit_scale,
+            fingerprint=teacher.fingerprint(),
+            model=teacher.clip.name,
+            model_files=digest_of_files(teacher.clip.name),
+            image_hash=teacher.clip.image_hash,
+            prompts=digest_of_prompts(teacher.vision_prompts),
+            precision=next(k for k, v in PRECISIONS.items() if v == teacher.vision.dtype),
+            method=teacher.info.method,
+            templates=tuple(teacher.info.templates),
+        )
+
+    def save(self, folder: Path) -> None:
+        """Write teacher.safetensors, all of it or nothing."""
+        data = {k: v for k, v in asdict(self).items() if k != "class_vectors"}
+        wide = self.class_vectors.dtype == torch.float64
+        vectors = self.class_vectors.to(torch.float64 if wide else torch.float32).contiguous()
+        entry = (
+            "class_vectors",
+            "F64" if wide else "F32",
+            list(vectors.shape),
+            vectors.view(torch.uint8).reshape(-1).numpy(),
+        )
+        path = folder / FILE
+        try:
+            metadata = [("teacher", json.dumps(data, sort_keys=True))]
+            _rust.write_shard(path, temporary_for(path), metadata, [entry])
+        except OSError as error:
+            raise CheckpointError(f"the cache can't be written: {error}") from error
+
+    @classmethod
+    def load(cls, folder: Path) -> StoredTeacher:
+        """Read teacher.safetensors.
+
+        Raises:
+            CheckpointError: missing or damaged.
+        """
+        path = folder / FILE
+        try:
+            damage = _rust.verify_shard(path)
+            if damage:
+                raise ValueError(f"'{path}': it is damaged: {damage[0]}")
+            with safe_open(path, "pt") as file:
+                data: dict[str, Any] = json.loads(file.metadata()["teacher"])
+                vectors = file.get_tensor("class_vectors")
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise CheckpointError(
+                f"{error}; give the teacher to 'promptkd cache build' again: it writes this file "
+                "and no shard that is there"
+            ) from error
+        lists = {k: tuple(data[k]) for k in ("class_names", "templates")}
+        return cls(**{**data, **lists, "class_vectors": vectors})
+
+
+def digest_of_prompts(prompts: DeepPrompts | None) -> str:
+    """Digest of vision prompts; empty without any."""
+    return "" if prompts is None else hash_tensors(prompts.state_dict())
+
+
+def digest_of_files(model: str) -> str:
+    """Digest of the files that a model's name stands for; empty where it names no local files."""
+    place = Path(model.removeprefix("local-dir:")).expanduser()
+    files = sorted(p for p in place.rglob("*") if p.is_file()) if place.is_dir() else [place]
+    if not all(p.is_file() for p in files):
+        return ""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "blake2b").digest())
+    return digest.hexdigest()
