@@ -18,13 +18,13 @@ _STYLE = """
   --soft: #9aa5b8; --rule: #333b48; --good: #63cf8e; --bad: #ff8a80; --warn-back: #3a2d12;
   --warn-ink: #ffd894; --c0: #6ea8e6; --c1: #f0a063; --c2: #62c48f; --c3: #c194e0; } }
 * { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1rem; max-width: 70rem; background: var(--back); color: var(--ink);
+body { margin: 0 auto; padding: 1rem; max-width: 78rem; background: var(--back); color: var(--ink);
   font: 16px/1.5 system-ui, sans-serif; overflow-wrap: break-word; }
 h1 { font-size: 1.6rem; line-height: 1.2; margin: .5rem 0; }
 h2 { font-size: 1.25rem; margin: 2rem 0 .5rem; border-top: 1px solid var(--rule); padding-top: 1rem; }
 h3 { font-size: 1rem; margin: 1.25rem 0 .5rem; }
 p, li, figcaption, .soft { color: var(--soft); }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; margin: 0 0 1rem; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--rule);
   white-space: nowrap; }
@@ -49,7 +49,7 @@ tr.mean td { font-weight: 600; border-top: 2px solid var(--rule); }
 .swatch { display: inline-block; width: .7rem; height: .7rem; border-radius: .2rem; margin-right: .3rem; }
 .swatch.c0 { background: var(--c0); } .swatch.c1 { background: var(--c1); }
 .swatch.c2 { background: var(--c2); } .swatch.c3 { background: var(--c3); }
-.classes { display: grid; grid-template-columns: minmax(6rem, 14rem) 1fr 4rem; gap: .15rem .6rem;
+.classes { display: grid; grid-template-columns: fit-content(40%) 1fr 4rem; gap: .15rem .6rem;
   font-size: .85rem; align-items: center; }
 .classes b { font-weight: 400; } .classes span:nth-child(3n) { text-align: right; }
 .track { background: var(--card); border-radius: .3rem; height: .8rem; display: block; }
