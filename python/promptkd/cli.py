@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from promptkd.cache_cli import Cache
 from promptkd.errors import PromptKDError
 from promptkd.reproduce_cli import Commands as PaperCommands
 from promptkd.stages.distill import DistillConfig
@@ -116,6 +117,8 @@ class Distill:
     """A file with one class name a line; a teacher folder brings its own."""
     labelled: str | None = None
     """A few labelled pictures: run stage 1 first, on the teacher's CLIP."""
+    cache: Path | None = None
+    """Folder of a teacher cache, built if absent; with it the teacher is not loaded."""
     include_backbone: bool = False
     """Store the student's frozen tower too, so that the folder needs nothing else."""
     resume: bool = False
@@ -138,6 +141,7 @@ class Distill:
             teacher=self.teacher,
             student=self.student,
             labelled=self.labelled,
+            cache=self.cache,
             output=self.output,
             resume=self.resume,
             device=self.device,
@@ -242,6 +246,7 @@ Command = (
     | Annotated[Distill, tyro.conf.subcommand("distill")]
     | Annotated[Predict, tyro.conf.subcommand("predict")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
+    | Annotated[Cache, tyro.conf.subcommand("cache")]
     | PaperCommands
 )
 
