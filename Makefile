@@ -6,6 +6,8 @@ PYTHON ?= $(firstword $(foreach name,python3 python3.14 python3.13 python3.12 py
 VENV ?= .venv
 # Arguments of `promptkd demo`, for example DEMO="--seeds 3 --output runs/demo".
 DEMO ?=
+# Test files run side by side, this many at a time.
+JOBS ?= auto
 # Damaged pictures that `make fuzz` decodes.
 FUZZ_FILES ?= 40000
 
@@ -40,7 +42,7 @@ test: test-python test-rust
 
 .PHONY: test-python test-rust
 test-python: setup
-	$(BIN)/pytest -m "not long"
+	$(BIN)/pytest -m "not long" -n $(JOBS) --dist loadfile
 test-rust: setup
 	$(CARGO_ENV) cargo test $(MANIFEST) --locked
 
@@ -50,7 +52,7 @@ test-long: test-long-python fuzz
 
 .PHONY: test-long-python
 test-long-python: setup
-	$(BIN)/pytest -m long --durations=10
+	$(BIN)/pytest -m long --durations=10 -n $(JOBS) --dist loadfile
 
 # Decode FUZZ_FILES damaged pictures, other ones than `make test` does.
 .PHONY: fuzz
