@@ -123,7 +123,9 @@ def test_an_embedded_student_needs_no_other_folder(
     torch.testing.assert_close(half.logits(picture), student.logits(picture), rtol=0.1, atol=0.3)
 
 
-def test_loading_needs_neither_teacher_nor_triton(student: Student, picture: Path, tmp_path: Path) -> None:
+def test_loading_needs_neither_teacher_nor_triton(
+    student: Student, picture: Path, tmp_path: Path
+) -> None:
     folder = student.save(tmp_path / "s", include_backbone=True)
     code = (
         "import sys; sys.modules['triton'] = None\n"
