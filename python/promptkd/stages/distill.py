@@ -41,7 +41,7 @@ class DistillConfig(TrainConfig):
 
     epochs: int = 20
     """Passes over the pictures."""
-    min_steps: int = 4000
+    min_steps: int = 5000
     """Go on for at least so many steps, whatever `epochs` says (a small folder needs them)."""
     batch_size: int = 64
     """Pictures a step."""
