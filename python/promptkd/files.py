@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import socket
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,9 +17,34 @@ from torch import Tensor
 from promptkd.errors import CheckpointError
 
 
+def temporary_for(path: Path) -> Path:
+    """A name beside `path` that no other writer uses, on this machine or another."""
+    mine = f"{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}"
+    return path.with_name(f".{path.name}.{mine}.tmp")
+
+
+def sweep(folder: Path) -> None:
+    """Delete what killed processes of this machine left half written, in `folder` and one below."""
+    host = socket.gethostname()
+    for path in [*folder.glob(".*.tmp"), *folder.glob("*/.*.tmp")]:
+        parts = path.name.removesuffix(".tmp").rsplit(".", 2)
+        if len(parts) == 3 and parts[0].endswith(f".{host}") and not _alive(parts[1]):
+            path.unlink(missing_ok=True)
+
+
+def _alive(process: str) -> bool:
+    try:
+        os.kill(int(process), 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, ValueError):
+        return True
+    return True
+
+
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file so that a kill leaves either the old one or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_for(path)
     try:
         with temporary.open("wb") as file:
             file.write(content)

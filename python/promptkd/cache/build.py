@@ -23,8 +23,6 @@ from promptkd.cache.layout import (
     Manifest,
     Unit,
     check_shard_rows,
-    sweep,
-    temporary_for,
     view_folder,
 )
 from promptkd.cache.read import FeatureCache, is_whole
@@ -33,6 +31,7 @@ from promptkd.cache.stored import FILE, StoredTeacher
 from promptkd.data.loader import MAX_FAILED_FRACTION, CropRecipe
 from promptkd.data.sources import unlabelled
 from promptkd.errors import CheckpointError, DataError
+from promptkd.files import sweep, temporary_for
 from promptkd.loss import teacher_statistics
 from promptkd.teacher import Teacher
 

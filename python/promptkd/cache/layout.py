@@ -14,8 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import socket
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -277,28 +275,3 @@ def canonical(images: ImageList) -> tuple[ImageList, NDArray[np.int64]]:
     place = {name: row for row, name in enumerate(order)}
     rows = np.array([place[name] for name in images.names], dtype=np.int64)
     return images.select([first[name] for name in order]), rows
-
-
-def temporary_for(path: Path) -> Path:
-    """A name beside `path` that no other writer uses."""
-    mine = f"{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}"
-    return path.with_name(f".{path.name}.{mine}.tmp")
-
-
-def sweep(folder: Path) -> None:
-    """Delete what killed processes of this machine left half written."""
-    host = socket.gethostname()
-    for path in folder.glob("view-*/.shard-*.tmp"):
-        parts = path.name.removesuffix(".tmp").rsplit(".", 2)
-        if len(parts) == 3 and parts[0].endswith(f".{host}") and not _alive(parts[1]):
-            path.unlink(missing_ok=True)
-
-
-def _alive(process: str) -> bool:
-    try:
-        os.kill(int(process), 0)
-    except ProcessLookupError:
-        return False
-    except (OSError, ValueError):
-        return True
-    return True

@@ -13,9 +13,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from promptkd import _rust
-from promptkd.cache.layout import temporary_for
 from promptkd.clip import PRECISIONS, hash_tensors
 from promptkd.errors import CheckpointError
+from promptkd.files import temporary_for
 from promptkd.prompts import DeepPrompts
 from promptkd.teacher import Teacher
 

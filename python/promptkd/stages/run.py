@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from promptkd.clip import PRECISIONS
 from promptkd.errors import CheckpointError, TrainingError
-from promptkd.files import read_tensors, write_json, write_tensors
+from promptkd.files import read_tensors, sweep, write_json, write_tensors
 from promptkd.stages.progress import Progress
 
 B = TypeVar("B")
@@ -157,6 +157,7 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise CheckpointError(f"the output folder '{folder}' can't be made: {error}") from error
+        sweep(folder)
         if not sheet.is_file():
             write_json(sheet, wanted)
 

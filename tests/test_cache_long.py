@@ -1,0 +1,68 @@
+"""The teacher cache under kills and with several writers."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import Models, make_photos
+
+pytestmark = pytest.mark.long
+
+WRITERS = Path(__file__).with_name("cache_writers.py")
+
+
+def writer(*args: object, launcher: tuple[str, ...] = ()) -> "subprocess.Popen[str]":
+    command = [sys.executable, *launcher, str(WRITERS), *map(str, args)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def finish(process: "subprocess.Popen[str]", seconds: int = 170) -> str:
+    """What a writer printed."""
+    text, _ = process.communicate(timeout=seconds)
+    assert process.returncode == 0
+    return text.strip()
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    files = (p for p in path.rglob("*") if p.is_file())
+    return {str(p.relative_to(path)): p.read_bytes() for p in files}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_photos(tmp_path_factory.mktemp("long") / "photos", 50)
+
+
+@pytest.fixture(scope="module")
+def expected(models: Models, pictures: Path) -> dict[str, bytes]:
+    """What one undisturbed build writes."""
+    path = pictures.parent / "undisturbed"
+    assert finish(writer(models.teacher, pictures, path, 0)) == "0 0"
+    return contents(path)
+
+
+def test_killed_builds_go_on_to_the_same_bytes(
+    models: Models, pictures: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    text = finish(writer(models.teacher, pictures, tmp_path / "c", 50))
+    cut, left_over = map(int, text.split())
+    assert cut >= 3
+    assert left_over == 0
+    assert contents(tmp_path / "c") == expected
+
+
+def test_two_writers_at_once(
+    models: Models, pictures: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    both = [writer(models.teacher, pictures, tmp_path / "c", 0) for _ in range(2)]
+    assert [finish(p) for p in both] == ["0 0", "0 0"]
+    assert contents(tmp_path / "c") == expected
+
+
+def test_two_ranks_of_torchrun(
+    models: Models, pictures: Path, expected: dict[str, bytes], tmp_path: Path
+) -> None:
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    finish(writer(models.teacher, pictures, tmp_path / "c", 0, launcher=launcher))
+    assert contents(tmp_path / "c") == expected
