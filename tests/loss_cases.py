@@ -1,6 +1,6 @@
 """Problems for the loss, their answers in float64, and every tolerance, in one place."""
 
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +24,7 @@ GRADIENT_TOLERANCE = {
     ("hybrid", torch.bfloat16): 8e-3,
     ("tiles", torch.bfloat16): 4e-3,
 }
+ROUNDING = 6e-8  # of a float32, relative
 SCALE_GRADIENT_TOLERANCE = 1e-4
 NEAR_TOLERANCE = 2e-3  # of the loss where KL is about 1e-5, from features or logits
 NEAR_STATISTICS_ERROR = 1e-3  # absolute: statistics hold no detail of single classes
@@ -114,52 +115,93 @@ class Answer:
 
 def exact_answer(problem: Problem) -> Answer:
     """Loss and gradients of each row in float64."""
-    student = problem.student.detach().cpu().double().requires_grad_()
-    scale = torch.tensor(problem.student_scale, dtype=torch.float64, requires_grad=True)
+    return _reference_answer(problem, torch.float64)
+
+
+def eager_answer(problem: Problem) -> Answer:
+    """The same by plain torch in float32."""
+    return _reference_answer(problem, torch.float32)
+
+
+def _reference_answer(problem: Problem, dtype: torch.dtype) -> Answer:
+    student = problem.student.detach().cpu().to(dtype).requires_grad_()
+    scale = torch.tensor(problem.student_scale, dtype=dtype, requires_grad=True)
     arguments = {**problem.arguments(), "student_scale": scale}
     loss = kd_loss_reference(
-        student, _double(problem.teacher), problem.vectors.double(), **arguments, reduction="none"
+        student,
+        _cast(problem.teacher, dtype),
+        problem.vectors.cpu().to(dtype),
+        **arguments,
+        reduction="none",
     )
     gradient, scale_gradient = torch.autograd.grad(loss.sum(), (student, scale))
     return Answer(loss.detach(), gradient, scale_gradient)
 
 
-def _double(teacher):
+def _cast(teacher, dtype):
     if isinstance(teacher, TeacherLogits):
-        return TeacherLogits(teacher.logits.double())
+        return TeacherLogits(teacher.logits.cpu().to(dtype))
     if isinstance(teacher, TeacherStatistics):
-        return TeacherStatistics(teacher.mu.double(), teacher.h.double())
-    return teacher.double()
+        return TeacherStatistics(teacher.mu.cpu().to(dtype), teacher.h.cpu().to(dtype))
+    return teacher.cpu().to(dtype)
 
 
 def assert_close(problem: Problem, answer: Answer, got: Answer, path: str) -> None:
     """Compare with the answer in float64, by the table above.
 
+    To a loss comes what rounding the largest logit makes of it: one pass doesn't know lse while
+    it sums. Where eager float32 on the same inputs is worse, twice its error is allowed.
+    """
+    largest = problem.student_scale / problem.temperature
+    loss_allowed = LOSS_TOLERANCE + ROUNDING * largest / _kl_unit(problem, answer)
+    if isinstance(problem.teacher, TeacherStatistics):  # h and the logits cancel: absolute
+        size = 1 + problem.student_scale / problem.temperature
+        loss_allowed += 2e-7 * size / _kl_unit(problem, answer)
+    gradient_allowed = GRADIENT_TOLERANCE[path, problem.vectors.dtype]
+    scale_allowed = max(SCALE_GRADIENT_TOLERANCE, gradient_allowed if path == "hybrid" else 0)
+    allowed = Errors(loss_allowed, gradient_allowed, scale_allowed)
+    assert (got.loss >= 0).all()
+    found = errors(problem, answer, got)
+    if found.within(allowed):
+        return
+    eager = errors(problem, answer, eager_answer(problem))
+    assert found.within(allowed, eager), f"off by {found}; allowed {allowed}, eager {eager}"
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Relative errors of loss, gradient and scale gradient."""
+
+    loss: float
+    gradient: float
+    scale_gradient: float
+
+    def within(self, allowed: "Errors", eager: "Errors | None" = None) -> bool:
+        pairs = zip(astuple(self), astuple(allowed), astuple(eager or Errors(0, 0, 0)), strict=True)
+        return all(error <= max(bound, 2 * other) for error, bound, other in pairs)
+
+
+def errors(problem: Problem, answer: Answer, got: Answer) -> Errors:
+    """How far `got` is from `answer`.
+
     The loss is measured against at least KL_FLOOR, its gradient against what it would be at
     KL_FLOOR and at least a tenth of the largest it can be: N = 1 has neither.
     """
     square = problem.temperature**2
-    loss = got.loss.double().cpu()
-    unit = answer.loss.abs().mean().clamp(min=KL_FLOOR * square)
-    error = (loss - answer.loss).abs().mean() / unit
-    if isinstance(problem.teacher, TeacherStatistics):  # h and the logits cancel: absolute
-        size = 1 + problem.student_scale / problem.temperature
-        assert error <= LOSS_TOLERANCE + 2e-7 * size * square / unit, f"loss off by {error:.1e}"
-    else:
-        assert error <= LOSS_TOLERANCE, f"loss off by {error:.1e}"
-    assert (loss >= 0).all()
-    tolerance = GRADIENT_TOLERANCE[path, problem.vectors.dtype]
+    loss = (got.loss.double().cpu() - answer.loss).abs().mean() / square / _kl_unit(problem, answer)
     norms = problem.student.double().cpu().norm(dim=1, keepdim=True)
     largest = problem.temperature * problem.student_scale / norms
-    kl = (answer.loss.mean() / square).clamp(min=1e-9, max=KL_FLOOR)
+    kl = (answer.loss.mean() / problem.temperature**2).clamp(min=1e-9, max=KL_FLOOR)
     unit = answer.gradient.norm() * (KL_FLOOR / kl).sqrt()  # it goes with the root of KL
     unit = unit.clamp(min=0.1 * largest.norm())
-    error = (got.gradient.double().cpu() - answer.gradient).norm() / unit
-    assert error <= tolerance, f"gradient off by {error:.1e}"
-    unit = answer.scale_gradient.abs().clamp(min=0.1 * problem.temperature * len(loss))
-    error = (got.scale_gradient.double().cpu() - answer.scale_gradient).abs() / unit
-    allowed = max(SCALE_GRADIENT_TOLERANCE, tolerance if path == "hybrid" else 0)
-    assert error <= allowed, f"scale gradient off by {error:.1e}"
+    gradient = (got.gradient.double().cpu() - answer.gradient).norm() / unit
+    unit = answer.scale_gradient.abs().clamp(min=0.1 * problem.temperature * len(answer.loss))
+    scale = (got.scale_gradient.double().cpu() - answer.scale_gradient).abs() / unit
+    return Errors(float(loss), float(gradient), float(scale))
+
+
+def _kl_unit(problem: Problem, answer: Answer) -> float:
+    return max(float(answer.loss.abs().mean()) / problem.temperature**2, KL_FLOOR)
 
 
 def pairwise(grid: dict[str, tuple]) -> list[dict]:
