@@ -38,7 +38,7 @@ SMALL_TILES = {
     4: {64: Tile(16, 64, 32, 4, 2), 128: Tile(16, 128, 32, 8, 2)},
 }
 SPLIT_TILES = {
-    2: {768: Tile(16, 32, 64, 8, 2), 1024: Tile(16, 32, 32, 8, 2)},
+    2: {1024: Tile(16, 32, 32, 8, 2)},
     4: {768: Tile(16, 32, 32, 8, 2)},
 }
 # One width for both: the same sums in the same order, so p = e^(z - lse) is consistent.
