@@ -8,7 +8,6 @@ import pytest
 import torch
 from open_clip.transformer import QuickGELU
 from promptkd import frozen
-from promptkd.clip import TextTower, VisionTower, cut_tokens
 from promptkd.errors import ModelError
 from promptkd.frozen import (
     FrozenAttention,
@@ -18,6 +17,7 @@ from promptkd.frozen import (
     freeze,
     packs,
 )
+from promptkd.towers import TextTower, VisionTower, cut_tokens
 from torch import Tensor, nn
 from torch.nn import functional as F
 

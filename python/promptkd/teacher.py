@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from promptkd.clip import Clip, Preprocess, cut_tokens, hash_tensors, load_clip
+from promptkd.clip import Clip, Preprocess, hash_tensors, load_clip
 from promptkd.data.sources import check_class_names
 from promptkd.errors import CheckpointError, ModelError
 from promptkd.files import read_folder, write_folder
 from promptkd.prompts import DeepPrompts, PromptedNames, plain_name
+from promptkd.towers import cut_tokens
 
 PROMPT_TEMPLATE = "a photo of a {}."
 KIND = "promptkd teacher"

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from promptkd.clip import Clip, cut_tokens, load_clip
+from promptkd.clip import Clip, load_clip
 from promptkd.data.loader import CropRecipe, ViewLoader, epoch_order, prefetch, split_batches
 from promptkd.data.sources import (
     ImageList,
@@ -43,6 +43,7 @@ from promptkd.teacher import (
     zero_shot_teacher,
 )
 from promptkd.templates import IMAGENET_TEMPLATES_60
+from promptkd.towers import cut_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
