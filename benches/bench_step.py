@@ -21,10 +21,11 @@ import pytest
 import torch
 from common import CLOCKS, Row, interleave, report, typical
 from official_step import LibraryStep, OfficialStep, TimedStep, name_classes
+from promptkd.class_vectors import prompted_class_vectors
 from promptkd.clip import Clip, load_clip
 from promptkd.prompts import DeepPrompts
 from promptkd.stages.distill import Batch, DistillConfig, DistillStep, new_student
-from promptkd.teacher import PROMPT_TEMPLATE, Teacher, TeacherInfo, prompted_class_vectors
+from promptkd.teacher import PROMPT_TEMPLATE, Teacher, TeacherInfo
 from torch import Tensor, nn
 from torch.nn import functional as F
 

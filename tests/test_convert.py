@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 from promptkd import official
+from promptkd.class_vectors import prompted_class_vectors
 from promptkd.cli import main
 from promptkd.clip import load_clip
 from promptkd.convert import convert, official_student, official_teacher, with_class_names
 from promptkd.errors import CheckpointError, DataError
 from promptkd.student import Student
-from promptkd.teacher import Teacher, prompted_class_vectors
+from promptkd.teacher import Teacher
 from tiny import CLASSES, Models
 from torch import Tensor
 

@@ -15,9 +15,28 @@ PACKAGE = ROOT / "python" / "promptkd"
 # From the top down; a module imports from its own layer and from those below. The longest
 # matching name counts, so a module of a package may lie in another layer than the package.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("cli", "__main__", "demo", "cache_cli", "reproduce_cli", "benchmarks.reproduce"),
+    (
+        "cli",
+        "__main__",
+        "demo",
+        "cache_cli",
+        "classes_cli",
+        "reproduce_cli",
+        "benchmarks.reproduce",
+    ),
     ("stages", "report", "export", "convert"),
-    ("teacher", "student", "cache", "data", "loss", "evaluate", "official", "benchmarks"),
+    (
+        "teacher",
+        "student",
+        "classes",
+        "class_vectors",
+        "cache",
+        "data",
+        "loss",
+        "evaluate",
+        "official",
+        "benchmarks",
+    ),
     (
         "clip",
         "towers",

@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import tyro
 
 from promptkd.cache_cli import Cache
+from promptkd.classes_cli import Classes
 from promptkd.errors import PromptKDError
 from promptkd.reproduce_cli import Commands as PaperCommands
 from promptkd.stages.distill import DistillConfig
@@ -247,6 +248,7 @@ Command = (
     | Annotated[Predict, tyro.conf.subcommand("predict")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Cache, tyro.conf.subcommand("cache")]
+    | Annotated[Classes, tyro.conf.subcommand("classes")]
     | PaperCommands
 )
 

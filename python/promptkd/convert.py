@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from promptkd import official
+from promptkd.class_vectors import prompted_class_vectors
 from promptkd.clip import Clip, load_clip
 from promptkd.data.sources import check_class_names
 from promptkd.errors import CheckpointError, DataError
@@ -22,7 +23,6 @@ from promptkd.teacher import (
     PROMPT_TEMPLATE,
     Teacher,
     TeacherInfo,
-    prompted_class_vectors,
     zero_shot_teacher,
 )
 from promptkd.templates import IMAGENET_TEMPLATES_60
@@ -129,7 +129,8 @@ def official_student(checkpoint: OfficialCheckpoint, clip: Clip, teacher: Teache
         orient=False,  # the official code ignores EXIF orientation
         summary=_origin(checkpoint),
     )
-    student = Student(clip, DeepPrompts(vision), projector, teacher.class_vectors.float(), info)
+    vectors = teacher.class_vectors.float()
+    student = Student(clip, DeepPrompts(vision), projector, vectors, info, teacher.text_side())
     return student.to(clip.device).eval()
 
 
@@ -139,7 +140,7 @@ def with_class_names(teacher: Teacher, class_names: Sequence[str]) -> Teacher:
         return zero_shot_teacher(teacher.clip, class_names, teacher.info.templates)
     names = check_class_names(class_names)
     info = teacher.info
-    vectors = prompted_class_vectors(teacher.clip, names, info.template, teacher.text_prompts)
+    vectors = teacher.text_side().compute(teacher.clip, names)
     other = TeacherInfo(info.method, info.template, info.templates, names, info.summary)
     return Teacher(teacher.clip, other, vectors, teacher.vision_prompts, teacher.text_prompts)
 

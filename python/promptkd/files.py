@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import threading
 from collections.abc import Mapping
@@ -15,6 +16,11 @@ from safetensors.torch import save
 from torch import Tensor
 
 from promptkd.errors import CheckpointError
+
+TEACHER = "promptkd teacher"
+STUDENT = "promptkd student"
+BACKBONE_FILE = "backbone.safetensors"
+"""A student's image tower, where it is stored with it."""
 
 
 def temporary_for(path: Path) -> Path:
@@ -51,6 +57,23 @@ def write_bytes(path: Path, content: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file of any size so that a kill leaves no half of it; folders are made.
+
+    Raises:
+        CheckpointError: the source can't be read.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_for(target)
+    try:
+        shutil.copyfile(source, temporary)
+        temporary.replace(target)
+    except OSError as error:
+        raise CheckpointError(f"'{source}' can't be copied to '{target}': {error}") from error
     finally:
         temporary.unlink(missing_ok=True)
 

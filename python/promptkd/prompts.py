@@ -7,11 +7,12 @@ them. Text: tokens 1..P ("a photo of a") are replaced alike, shared by all class
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from promptkd.errors import ModelError
+from promptkd.errors import CheckpointError, ModelError
 
 INIT_STD = 0.02
 
@@ -45,6 +46,30 @@ class DeepPrompts(nn.Module):
     def forward(self) -> list[Tensor]:
         """The tensors, layer by layer."""
         return list(self.layers)
+
+
+def stacked_prompts(
+    tensors: dict[str, Tensor], prefix: str, width: int | None, layers: int | None, path: Any
+) -> DeepPrompts | None:
+    """The prompts stored as `prefix.0`, `prefix.1`, …, or None where there are none."""
+    depth = sum(key.startswith(prefix + ".") for key in tensors)
+    if depth == 0:
+        return None
+    try:
+        found = [tensors[f"{prefix}.{i}"] for i in range(depth)]
+    except KeyError as error:
+        raise CheckpointError(f"'{path}' lacks the tensor {error}") from error
+    wrong = [t for t in found if t.ndim != 2 or t.shape != found[0].shape]
+    if (
+        wrong
+        or (width is not None and found[0].shape[1] != width)
+        or (layers is not None and depth > layers)
+    ):
+        raise CheckpointError(
+            f"'{path}' holds {prefix} of shape {depth} x {tuple(found[0].shape)}, which don't fit "
+            f"a tower of {layers} layers and width {width}"
+        )
+    return DeepPrompts(found)
 
 
 class PromptedNames:

@@ -6,7 +6,7 @@ All that inference needs; neither the teacher, nor a text encoder, nor Triton is
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -17,19 +17,33 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from promptkd.clip import Clip, Preprocess, load_clip, load_embedded, preprocess_dict
+from promptkd.class_vectors import TextSide
+from promptkd.classes import ClassList
+from promptkd.clip import (
+    Clip,
+    Preprocess,
+    hash_tensors,
+    load_clip,
+    load_embedded,
+    preprocess_dict,
+)
 from promptkd.data.loader import load_whole
 from promptkd.data.sources import Split, find_split, labelled, pictures_in, read_split
 from promptkd.errors import CheckpointError, DataError
 from promptkd.evaluate import Evaluation, score
-from promptkd.files import read_folder, read_tensors, write_folder, write_tensors
+from promptkd.files import (
+    BACKBONE_FILE,
+    STUDENT,
+    read_folder,
+    read_tensors,
+    write_folder,
+    write_tensors,
+)
 from promptkd.prompts import DeepPrompts
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-KIND = "promptkd student"
-_BACKBONE = "backbone.safetensors"
 _BATCH = 64
 
 ImageLike: TypeAlias = "str | os.PathLike[str] | Image | NDArray[np.uint8] | Tensor"
@@ -54,6 +68,8 @@ class StudentInfo:
     orient: bool = True
     """Apply the EXIF orientation of pictures."""
     temperature: float = 1.0
+    added_classes: tuple[str, ...] = ()
+    """Those of the names that came after distilling."""
     summary: dict[str, Any] = field(default_factory=dict)
 
 
@@ -90,6 +106,7 @@ class Student(nn.Module):
         projector: Projector,
         class_vectors: Tensor,
         info: StudentInfo,
+        text_side: TextSide | None = None,
     ) -> None:
         super().__init__()
         if class_vectors.ndim != 2 or class_vectors.shape[0] != len(info.class_names):
@@ -98,6 +115,7 @@ class Student(nn.Module):
             )
         self.clip = clip
         self.info = info
+        self.text_side = text_side
         self.vision = clip.vision
         self.prompts = prompts
         self.projector = projector
@@ -227,7 +245,59 @@ class Student(nn.Module):
     def _compute_dtype(self) -> torch.dtype:
         return torch.float64 if self.vision.dtype == torch.float64 else torch.float32
 
+    # --- other classes
+
+    @property
+    def classes(self) -> ClassList:
+        """The names with their vectors and what makes those of other names."""
+        info = self.info
+        return ClassList(info.class_names, self.class_vectors, self.text_side, info.added_classes)
+
+    def with_classes(self, names: Sequence[str], teacher: Any = None) -> Student:
+        """A student for other classes: fewer, in another order, or new ones; no training.
+
+        Classes that it knows keep their vectors to the bit. New names get theirs from the teacher,
+        or from the text prompts stored here and the text tower, which is loaded by its name.
+
+        Args:
+            names: what to tell apart from now on.
+            teacher: see `promptkd.classes.ClassList.select`; needed for new names alone, where the
+                text tower is not to be found by its stored name.
+
+        Returns:
+            A new `Student` that shares its towers with this one.
+
+        Raises:
+            DataError: an empty or repeated name, or new names without a text side.
+            CheckpointError: another teacher than the one that the student learned from.
+            ModelError: the text tower is not to be had.
+        """
+        return self._with(self.classes.select(names, teacher))
+
+    def rename_classes(self, changes: Mapping[str, str]) -> Student:
+        """The same classes under other names, {old: new}; nothing is computed.
+
+        Raises:
+            DataError: an old name that is not there, a new one that is empty or taken.
+        """
+        return self._with(self.classes.renamed(changes))
+
+    def _with(self, classes: ClassList) -> Student:
+        info = replace(self.info, class_names=classes.names, added_classes=classes.added)
+        other = Student(
+            self.clip, self.prompts, self.projector, classes.vectors, info, classes.text_side
+        )
+        return other.train(self.training)
+
     # --- storage
+
+    def fingerprint(self) -> str:
+        """Digest of all that the student's predictions depend on."""
+        parts = {f"prompts.{i}": t for i, t in enumerate(self.prompts())}
+        parts |= {"class_vectors": self.class_vectors, **self.projector.state_dict()}
+        info = self.info
+        rest = (self.clip.image_hash, self.clip.preprocess, self.logit_scale)
+        return hash_tensors(parts, repr((*rest, info.orient, info.temperature, info.class_names)))
 
     def with_summary(self, **summary: Any) -> Student:
         """The same student with more entries in its training summary."""
@@ -241,11 +311,10 @@ class Student(nn.Module):
             path: the folder, made if absent.
             include_backbone: store the frozen image tower too; otherwise its name and hash.
         """
-        tensors = {"class_vectors": self.class_vectors}
-        tensors |= {f"prompts.{i}": t for i, t in enumerate(self.prompts())}
+        tensors = {f"prompts.{i}": t for i, t in enumerate(self.prompts())}
         tensors |= {f"projector.{k}": v for k, v in self.projector.state_dict().items()}
         data = {
-            "kind": KIND,
+            "kind": STUDENT,
             "backbone": self.clip.name,
             "image_hash": self.clip.image_hash,
             "model_cfg": self.clip.model_cfg,
@@ -254,10 +323,11 @@ class Student(nn.Module):
             "embedded": include_backbone,
             **asdict(self.info),
         }
+        self.classes.store(tensors, data)
         if include_backbone:
             folder = Path(path).expanduser()
             folder.mkdir(parents=True, exist_ok=True)
-            write_tensors(folder / _BACKBONE, self.vision.state_dict())
+            write_tensors(folder / BACKBONE_FILE, self.vision.state_dict())
         return write_folder(path, "student", tensors, data)
 
     @classmethod
@@ -281,9 +351,9 @@ class Student(nn.Module):
         Raises:
             CheckpointError: no student folder, damaged, or the backbone has other weights.
         """
-        tensors, data = read_folder(path, "student", KIND)
+        tensors, data = read_folder(path, "student", STUDENT)
         if data["embedded"] and backbone is None:
-            state, _ = read_tensors(Path(path).expanduser() / _BACKBONE)
+            state, _ = read_tensors(Path(path).expanduser() / BACKBONE_FILE)
             clip = load_embedded(data, state, precision=precision, device=device)
         else:
             name = data["backbone"] if backbone is None else backbone
@@ -293,14 +363,15 @@ class Student(nn.Module):
                     f"'{path}' was distilled into '{data['backbone']}' with weights "
                     f"{data['image_hash'][:8]}…, but '{clip.name}' has {clip.image_hash[:8]}…"
                 )
-        return cls(clip, *_trained_parts(tensors, path), _info(data)).to(device).eval()
+        classes = ClassList.stored(tensors, data, path)
+        parts = *_trained_parts(tensors, path), classes.vectors
+        return cls(clip, *parts, _info(data), classes.text_side).to(device).eval()
 
 
-def _trained_parts(tensors: dict[str, Tensor], path: Any) -> tuple[DeepPrompts, Projector, Tensor]:
+def _trained_parts(tensors: dict[str, Tensor], path: Any) -> tuple[DeepPrompts, Projector]:
     try:
         depth = sum(k.startswith("prompts.") for k in tensors)
         prompts = DeepPrompts([tensors[f"prompts.{i}"] for i in range(depth)])
-        vectors = tensors["class_vectors"]
         weight = tensors["projector.linear1.weight"]
         projector = Projector(weight.shape[1], weight.shape[0]).to(weight.dtype)
         state = {
@@ -313,7 +384,7 @@ def _trained_parts(tensors: dict[str, Tensor], path: Any) -> tuple[DeepPrompts, 
         raise CheckpointError(
             f"'{path}' lacks parts of a student or holds the wrong shapes: {error}"
         ) from error
-    return prompts, projector, vectors
+    return prompts, projector
 
 
 def _info(data: dict[str, Any]) -> StudentInfo:
@@ -323,6 +394,7 @@ def _info(data: dict[str, Any]) -> StudentInfo:
         teacher_fingerprint=data["teacher_fingerprint"],
         orient=bool(data["orient"]),
         temperature=float(data["temperature"]),
+        added_classes=tuple(data.get("added_classes", ())),
         summary=data["summary"],
     )
 

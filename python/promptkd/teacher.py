@@ -10,18 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from promptkd.class_vectors import TextSide, unit
 from promptkd.clip import Clip, Preprocess, hash_tensors, load_clip
 from promptkd.data.sources import check_class_names
 from promptkd.errors import CheckpointError, ModelError
-from promptkd.files import read_folder, write_folder
-from promptkd.prompts import DeepPrompts, PromptedNames, plain_name
-from promptkd.towers import cut_tokens
+from promptkd.files import TEACHER, read_folder, write_folder
+from promptkd.prompts import DeepPrompts, stacked_prompts
 
 PROMPT_TEMPLATE = "a photo of a {}."
-KIND = "promptkd teacher"
-_TEXT_CHUNK = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +91,11 @@ class Teacher(nn.Module):
         logits: Tensor = self.logit_scale * self.encode_image(images) @ self.class_vectors.T
         return logits
 
+    def text_side(self) -> TextSide:
+        """What made the class vectors; enough, with the text tower, to make those of other names."""
+        info = self.info
+        return TextSide.of(self.clip, info.template, info.templates, self.text_prompts)
+
     def fingerprint(self) -> str:
         """Digest of all that the teacher's logits depend on."""
         return hash_tensors(
@@ -127,7 +129,7 @@ class Teacher(nn.Module):
             if prompts is not None:
                 tensors |= {f"{side}_prompts.{i}": t for i, t in enumerate(prompts())}
         data = {
-            "kind": KIND,
+            "kind": TEACHER,
             "model": self.clip.name,
             "image_hash": self.clip.image_hash,
             "text_hash": self.clip.text_hash,
@@ -159,7 +161,7 @@ class Teacher(nn.Module):
             CheckpointError: no teacher folder, damaged, of another model, or class vectors that
                 were made by other weights, prompts, names or templates than the folder's.
         """
-        tensors, data = read_folder(path, "teacher", KIND)
+        tensors, data = read_folder(path, "teacher", TEACHER)
         clip = load_clip(
             model if model is not None else data["model"],
             precision=precision,
@@ -195,70 +197,12 @@ class Teacher(nn.Module):
         return teacher
 
 
-def unit(features: Tensor) -> Tensor:
-    """Rows of unit length, in float32 (float64 stays)."""
-    wide = features if features.dtype == torch.float64 else features.float()
-    normed: Tensor = wide / wide.norm(dim=-1, keepdim=True)
-    return normed
-
-
-def stacked_prompts(
-    tensors: dict[str, Tensor], prefix: str, width: int | None, layers: int | None, path: Any
-) -> DeepPrompts | None:
-    """The prompts stored as `prefix.0`, `prefix.1`, …, or None where there are none."""
-    depth = sum(key.startswith(prefix + ".") for key in tensors)
-    if depth == 0:
-        return None
-    try:
-        found = [tensors[f"{prefix}.{i}"] for i in range(depth)]
-    except KeyError as error:
-        raise CheckpointError(f"'{path}' lacks the tensor {error}") from error
-    wrong = [t for t in found if t.ndim != 2 or t.shape != found[0].shape]
-    if (
-        wrong
-        or (width is not None and found[0].shape[1] != width)
-        or (layers is not None and depth > layers)
-    ):
-        raise CheckpointError(
-            f"'{path}' holds {prefix} of shape {depth} x {tuple(found[0].shape)}, which don't fit "
-            f"a tower of {layers} layers and width {width}"
-        )
-    return DeepPrompts(found)
-
-
-@torch.no_grad()
-def prompted_class_vectors(
-    clip: Clip, class_names: Sequence[str], template: str, prompts: DeepPrompts
-) -> Tensor:
-    """Class vectors (C, D), unit rows, of names behind learned text prompts."""
-    tower = clip.need_text("compute class vectors")
-    names = PromptedNames(class_names, template, prompts.num_prompts, clip.tokenize)
-    chunks = names.tokens.split(_TEXT_CHUNK)
-    return torch.cat([unit(tower(cut_tokens(c).to(clip.device), prompts())) for c in chunks])
-
-
-@torch.no_grad()
-def ensemble_features(clip: Clip, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """Mean over templates of raw (not normalised) text features, (C, D), as PromptSRC's t0."""
-    tower = clip.need_text("compute class vectors")
-    total: Tensor | None = None
-    for template in templates:
-        tokens = clip.tokenize([template.format(plain_name(n)) for n in class_names])
-        chunks = tokens.split(_TEXT_CHUNK)
-        raw = torch.cat([tower(cut_tokens(c).to(clip.device)) for c in chunks])
-        raw = raw if raw.dtype == torch.float64 else raw.float()
-        total = raw if total is None else total + raw
-    if total is None:
-        raise ModelError("zero-shot class vectors need at least one template")
-    return total / len(templates)
-
-
 def zero_shot_teacher(clip: Clip, class_names: Sequence[str], templates: Sequence[str]) -> Teacher:
     """A teacher without training: class vectors are the ensemble over templates."""
     names = check_class_names(class_names)
     for template in templates:
         if template.count("{}") != 1:
             raise ModelError(f"the template '{template}' must hold '{{}}' once")
-    vectors = F.normalize(ensemble_features(clip, names, templates), dim=-1)
+    vectors = TextSide.of(clip, "", templates, None).compute(clip, names)
     info = TeacherInfo("zero-shot", "", tuple(templates), names, {})
     return Teacher(clip, info, vectors)

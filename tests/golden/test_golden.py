@@ -14,6 +14,7 @@ import open_clip
 import pytest
 import torch
 from golden_set import GoldenSet
+from promptkd.class_vectors import ensemble_features, prompted_class_vectors, unit
 from promptkd.clip import PRECISIONS, Clip, load_clip
 from promptkd.prompts import DeepPrompts, PromptedNames, plain_name
 from promptkd.stages.distill import DistillConfig, DistillStep, new_student
@@ -28,13 +29,7 @@ from promptkd.stages.teach import (
 )
 from promptkd.stages.views import Batch
 from promptkd.student import Student
-from promptkd.teacher import (
-    Teacher,
-    TeacherInfo,
-    ensemble_features,
-    prompted_class_vectors,
-    unit,
-)
+from promptkd.teacher import Teacher, TeacherInfo
 from safetensors.torch import save_file
 from torch import Tensor
 

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from promptkd import _rust
+from promptkd.class_vectors import TextSide
 from promptkd.clip import PRECISIONS, hash_tensors
 from promptkd.errors import CheckpointError
 from promptkd.files import temporary_for
@@ -37,6 +40,7 @@ class StoredTeacher:
         prompts: digest of the vision prompts.
         precision: how the frozen weights were stored.
         method, templates: how the class vectors were made.
+        text_side: what made them; None in caches that are older than this entry.
     """
 
     class_names: tuple[str, ...]
@@ -50,6 +54,7 @@ class StoredTeacher:
     precision: str
     method: str
     templates: tuple[str, ...]
+    text_side: TextSide | None = None
 
     @classmethod
     def of(cls, teacher: Teacher) -> StoredTeacher:
@@ -66,23 +71,20 @@ class StoredTeacher:
             precision=next(k for k, v in PRECISIONS.items() if v == teacher.vision.dtype),
             method=teacher.info.method,
             templates=tuple(teacher.info.templates),
+            text_side=teacher.text_side(),
         )
 
     def save(self, folder: Path) -> None:
         """Write teacher.safetensors, all of it or nothing."""
-        data = {k: v for k, v in asdict(self).items() if k != "class_vectors"}
-        wide = self.class_vectors.dtype == torch.float64
-        vectors = self.class_vectors.to(torch.float64 if wide else torch.float32).contiguous()
-        entry = (
-            "class_vectors",
-            "F64" if wide else "F32",
-            list(vectors.shape),
-            vectors.view(torch.uint8).reshape(-1).numpy(),
-        )
+        data = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "class_vectors"}
+        side = self.text_side
+        data["text_side"] = None if side is None else side.as_json()
+        tensors = {"class_vectors": self.class_vectors} | ({} if side is None else side.tensors())
+        entries = [_entry(name, tensor) for name, tensor in tensors.items()]
         path = folder / FILE
         try:
             metadata = [("teacher", json.dumps(data, sort_keys=True))]
-            _rust.write_shard(path, temporary_for(path), metadata, [entry])
+            _rust.write_shard(path, temporary_for(path), metadata, entries)
         except OSError as error:
             raise CheckpointError(f"the cache can't be written: {error}") from error
 
@@ -100,14 +102,25 @@ class StoredTeacher:
                 raise ValueError(f"'{path}': it is damaged: {damage[0]}")
             with safe_open(path, "pt") as file:
                 data: dict[str, Any] = json.loads(file.metadata()["teacher"])
-                vectors = file.get_tensor("class_vectors")
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            vectors = tensors["class_vectors"]
+            side = data.get("text_side")
+            text_side = None if side is None else TextSide.read(side, tensors, path)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise CheckpointError(
                 f"{error}; give the teacher to 'promptkd cache build' again: it writes this file "
                 "and no shard that is there"
             ) from error
         lists = {k: tuple(data[k]) for k in ("class_names", "templates")}
-        return cls(**{**data, **lists, "class_vectors": vectors})
+        return cls(**{**data, **lists, "class_vectors": vectors, "text_side": text_side})
+
+
+def _entry(name: str, tensor: Tensor) -> tuple[str, str, list[int], NDArray[np.uint8]]:
+    """A tensor as `write_shard` takes it, in float32 (float64 stays)."""
+    wide = tensor.dtype == torch.float64
+    values = tensor.detach().to(torch.float64 if wide else torch.float32).contiguous()
+    raw = values.view(torch.uint8).reshape(-1).numpy()
+    return name, "F64" if wide else "F32", list(values.shape), raw
 
 
 def digest_of_prompts(prompts: DeepPrompts | None) -> str:

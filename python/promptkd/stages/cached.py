@@ -20,14 +20,16 @@ from promptkd.cache.encode import named
 from promptkd.cache.layout import WHOLE, Listing
 from promptkd.cache.read import FeatureCache
 from promptkd.cache.stored import StoredTeacher, digest_of_files, digest_of_prompts
+from promptkd.class_vectors import TextSide
 from promptkd.clip import Preprocess
 from promptkd.data.decode import decode_views
 from promptkd.data.loader import CropRecipe, ViewLoader, squashed
 from promptkd.data.sources import ImageList
 from promptkd.errors import CheckpointError, DataError
-from promptkd.files import read_folder
+from promptkd.files import TEACHER, read_folder
 from promptkd.loss import TeacherLogits, TeacherStatistics
-from promptkd.teacher import KIND, Teacher, stacked_prompts
+from promptkd.prompts import stacked_prompts
+from promptkd.teacher import Teacher
 
 if TYPE_CHECKING:
     from promptkd.stages.distill import DistillConfig
@@ -51,11 +53,15 @@ class CachedTeacher:
         self.class_vectors = stored.class_vectors.to(device, dtype)
         self.logit_scale = stored.logit_scale
         self.clip = CachedClip(stored.model)
-        self._fingerprint = stored.fingerprint
+        self._fingerprint, self._text_side = stored.fingerprint, stored.text_side
 
     def fingerprint(self) -> str:
         """Digest of all that the teacher's logits depend on."""
         return self._fingerprint
+
+    def text_side(self) -> TextSide | None:
+        """What made the class vectors; None in a cache that is older than this."""
+        return self._text_side
 
     def log_probs(self, images: ImageList, temperature: float) -> tuple[Tensor, list[int]]:
         """log softmax of the logits on whole pictures, (n, C), and the n rows that could be read."""
@@ -183,7 +189,7 @@ def _known(cache: FeatureCache, wanted: Wanted, precision: str) -> StoredTeacher
 
 def _is_folder_of(stored: StoredTeacher, folder: str | os.PathLike[str]) -> bool:
     """Whether a teacher folder holds this teacher; its CLIP is not opened."""
-    tensors, data = read_folder(folder, "teacher", KIND)
+    tensors, data = read_folder(folder, "teacher", TEACHER)
     vectors = tensors["class_vectors"]
     return (
         data["image_hash"] == stored.image_hash

@@ -177,7 +177,8 @@ def new_student(
         orient=orient,
     )
     vectors = teacher.class_vectors.to(wide)
-    return Student(clip, prompts.to(wide), projector.to(wide), vectors, info).to(clip.device)
+    side = teacher.text_side()
+    return Student(clip, prompts.to(wide), projector.to(wide), vectors, info, side).to(clip.device)
 
 
 def distill(

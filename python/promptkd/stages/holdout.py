@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from promptkd.class_vectors import ensemble_features, unit
 from promptkd.clip import Preprocess
 from promptkd.data.loader import chunks, load_whole, prefetch
 from promptkd.data.sources import ImageList
@@ -17,7 +18,7 @@ from promptkd.errors import DataError
 from promptkd.stages.cached import CachedTeacher
 from promptkd.stages.progress import Progress
 from promptkd.student import Student
-from promptkd.teacher import Teacher, ensemble_features, unit
+from promptkd.teacher import Teacher
 
 LOW_CONFIDENCE = 0.5
 MAX_HOLDOUT = 512

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from promptkd.class_vectors import ensemble_features, prompted_class_vectors, unit
 from promptkd.clip import Clip, load_clip
 from promptkd.data.loader import CropRecipe, ViewLoader, epoch_order, prefetch, split_batches
 from promptkd.data.sources import (
@@ -37,9 +38,6 @@ from promptkd.teacher import (
     PROMPT_TEMPLATE,
     Teacher,
     TeacherInfo,
-    ensemble_features,
-    prompted_class_vectors,
-    unit,
     zero_shot_teacher,
 )
 from promptkd.templates import IMAGENET_TEMPLATES_60
