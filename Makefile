@@ -121,7 +121,7 @@ $(STAMPS)/dependencies: $(STAMPS)/venv pyproject.toml
 
 # Editable: Python sources are used where they lie, so only Rust and pyproject.toml count.
 $(STAMPS)/extension: $(STAMPS)/dependencies $(RUST_SOURCES)
-	$(MATURIN) develop --release --locked --extras plots,tensorboard,datasets
+	$(MATURIN) develop --release --locked --extras plots,tensorboard,datasets,export
 	touch $@
 
 $(STAMPS)/zig: $(STAMPS)/dependencies

@@ -21,6 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "demo",
         "cache_cli",
         "classes_cli",
+        "export_cli",
         "reproduce_cli",
         "benchmarks.reproduce",
     ),
@@ -51,6 +52,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
 )
 HEAVY = {"open_clip", "matplotlib", "triton", "tensorboard", "scipy", "timm", "torchvision"}
+HEAVY |= {"onnx", "onnxruntime", "onnxscript"}
 
 
 class Import(NamedTuple):

@@ -15,6 +15,7 @@ import tyro
 from promptkd.cache_cli import Cache
 from promptkd.classes_cli import Classes
 from promptkd.errors import PromptKDError
+from promptkd.export_cli import Export
 from promptkd.reproduce_cli import Commands as PaperCommands
 from promptkd.stages.distill import DistillConfig
 from promptkd.stages.teach import TeachConfig
@@ -249,6 +250,7 @@ Command = (
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Cache, tyro.conf.subcommand("cache")]
     | Annotated[Classes, tyro.conf.subcommand("classes")]
+    | Annotated[Export, tyro.conf.subcommand("export")]
     | PaperCommands
 )
 

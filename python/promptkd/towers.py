@@ -58,7 +58,7 @@ class VisionTower(nn.Module):
             last = layer == self.num_layers - 1
             if extra is not None and layer == len(prompts) - 1 and not last:
                 # Nothing replaces the last prompts: they live on as tokens.
-                x, extra = torch.cat([x, extra.expand(len(x), -1, -1)], dim=1), None
+                x, extra = torch.cat([x, extra.expand(x.shape[0], -1, -1)], dim=1), None
             pick = _class_token if last and self._reads_class_token else None
             x = run_block(block, x, extra=extra, pick=pick)
         return self._pool(x[:, :length])
@@ -67,7 +67,8 @@ class VisionTower(nn.Module):
         """Class token and patches with their positions (B, L, width), normalised."""
         trunk = self.trunk
         patches = trunk.conv1(images)
-        first = trunk.class_embedding.expand(len(patches), 1, -1)
+        # Not len(): an exporter would take it for a constant.
+        first = trunk.class_embedding.expand(patches.shape[0], 1, -1)
         x = torch.cat([first, patches], dim=1) + trunk.positional_embedding
         embedded: Tensor = trunk.ln_pre(x)
         return embedded
