@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -168,6 +169,43 @@ def test_input_errors(student: Student, tmp_path: Path) -> None:
         student.predict(tmp_path / "bad.jpg", top_k=0)
     with pytest.raises(DataError, match="no labelled pictures"):
         student.evaluate(tmp_path / "empty")
+
+
+def test_a_linear_head_gives_the_logits(student: Student, photos: Path) -> None:
+    tower, weight = student.as_linear_head()
+    pixels = student.preprocess(photos)
+    features = tower(pixels)
+    assert features.shape == (36, weight.shape[1])
+    torch.testing.assert_close(features.norm(dim=-1), torch.ones(36))
+    torch.testing.assert_close(features @ weight.T, student(pixels))
+    assert not tower.training
+    assert {id(p) for p in tower.parameters()} == {id(p) for p in student.parameters()}
+
+
+def test_predict_proba_is_what_predict_says(student: Student, photos: Path) -> None:
+    warm = copy.copy(student)
+    object.__setattr__(warm, "info", replace(student.info, temperature=3.0))
+    paths = sorted(photos.rglob("*.png"))
+    table = warm.predict_proba(paths)
+    assert table.shape == (18, len(NAMES))
+    assert table.dtype == np.float64
+    np.testing.assert_allclose(table.sum(axis=1), 1)
+    for row, prediction in zip(table, warm.predict(paths, top_k=7), strict=True):  # type: ignore[arg-type]
+        assert dict(zip(NAMES, row, strict=True)) == pytest.approx(
+            probabilities(prediction), abs=1e-6
+        )
+    assert warm.predict_proba(paths[0]).shape == (1, len(NAMES))
+
+
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.long)])
+def test_it_compiles_in_one_piece(student: Student, photos: Path, backend: str) -> None:
+    compiled = torch.compile(student, backend=backend, fullgraph=True, dynamic=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the compiler's own
+        for paths in (sorted(photos.rglob("*.png")), sorted(photos.rglob("*.jpg"))[:5]):
+            pixels = student.preprocess(paths)
+            found = compiled(pixels).detach()
+            torch.testing.assert_close(found, student.logits(pixels), rtol=1e-5, atol=1e-4)
 
 
 def test_accuracies_are_torchmetrics_own() -> None:

@@ -30,12 +30,14 @@ class ClassList:
         vectors: (C, D), unit rows.
         text_side: of the teacher; None where it was not stored.
         added: those of the names that came after distilling.
+        regrouped: whether `select` added or took away classes.
     """
 
     names: tuple[str, ...]
     vectors: Tensor = field(repr=False)
     text_side: TextSide | None
     added: tuple[str, ...] = ()
+    regrouped: bool = False
 
     def select(self, names: Sequence[str], teacher: Any = None) -> ClassList:
         """These classes in this order: known ones keep their vectors, to the bit.
@@ -63,6 +65,7 @@ class ClassList:
             names=tuple(names),
             vectors=vectors,
             added=tuple(name for name in names if name in late),
+            regrouped=self.regrouped or bool(new) or len(names) != len(self.names),
         )
 
     def without(self, names: Sequence[str]) -> ClassList:
@@ -247,6 +250,8 @@ def edit_folder(
         raise CheckpointError(f"'{target}' already holds a student; give another output folder")
     classes = edit(ClassList.stored(tensors, data, path))
     classes.store(tensors, data)
+    if classes.regrouped and data.get("calibration") is not None:
+        data["calibration"]["threshold"] = None  # it held for the old classes
     if data["embedded"] and target.resolve() != source.resolve():
         copy_file(source / BACKBONE_FILE, target / BACKBONE_FILE)
     write_folder(target, "student", tensors, data)

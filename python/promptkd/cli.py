@@ -13,9 +13,11 @@ from typing import Annotated, Any
 import tyro
 
 from promptkd.cache_cli import Cache
+from promptkd.calibrate_cli import Calibrate
 from promptkd.classes_cli import Classes
 from promptkd.errors import PromptKDError
 from promptkd.export_cli import Export
+from promptkd.hub_cli import Push, open_student
 from promptkd.reproduce_cli import Commands as PaperCommands
 from promptkd.stages.distill import DistillConfig
 from promptkd.stages.teach import TeachConfig
@@ -119,6 +121,8 @@ class Distill:
     """A file with one class name a line; a teacher folder brings its own."""
     labelled: str | None = None
     """A few labelled pictures: run stage 1 first, on the teacher's CLIP."""
+    validation: str | None = None
+    """Labelled pictures to calibrate the probabilities on; default: the teacher's answers."""
     cache: Path | None = None
     """Folder of a teacher cache, built if absent; with it the teacher is not loaded."""
     include_backbone: bool = False
@@ -143,6 +147,7 @@ class Distill:
             teacher=self.teacher,
             student=self.student,
             labelled=self.labelled,
+            validation=self.validation,
             cache=self.cache,
             output=self.output,
             resume=self.resume,
@@ -167,8 +172,8 @@ class Predict:
     Example: promptkd predict student photos --output predictions.csv
     """
 
-    student: tyro.conf.Positional[Path]
-    """A student folder."""
+    student: tyro.conf.Positional[str]
+    """A student folder, or 'hf://org/name'."""
     paths: tyro.conf.Positional[tuple[str, ...]]
     """Pictures and folders of pictures."""
     top_k: int = 5
@@ -184,13 +189,12 @@ class Predict:
         """Print or write predictions."""
         from promptkd.data.sources import pictures_in
         from promptkd.stages.teach import pick_device
-        from promptkd.student import Student
 
         if not self.paths:
             raise PromptKDError("name at least one picture or folder")
         if self.output is not None and self.output.suffix not in (".csv", ".jsonl"):
             raise PromptKDError(f"'{self.output}' must end in .csv or .jsonl")
-        student = Student.load(
+        student = open_student(
             self.student, backbone=self.backbone, device=pick_device(self.device)
         )
         items = [p for path in self.paths for p in _pictures(path, pictures_in)]
@@ -207,9 +211,9 @@ class Predict:
         else:
             for row in rows:
                 pairs = zip(row["labels"], row["probabilities"], strict=True)
-                print(
-                    f"{row['path']}: " + ", ".join(f"{name} {100 * p:.1f} %" for name, p in pairs)
-                )
+                best = ", ".join(f"{name} {100 * p:.1f} %" for name, p in pairs)
+                odd = " (looks out of domain)" if row["out_of_domain"] else ""
+                print(f"{row['path']}: {best}{odd}")
 
 
 @dataclass(kw_only=True)
@@ -219,8 +223,8 @@ class Evaluate:
     Example: promptkd evaluate student test-photos
     """
 
-    student: tyro.conf.Positional[Path]
-    """A student folder."""
+    student: tyro.conf.Positional[str]
+    """A student folder, or 'hf://org/name'."""
     labelled: tyro.conf.Positional[str]
     """A folder with one sub-folder a class (of a split its `test` part), or a list file."""
     split: Path | None = None
@@ -233,9 +237,8 @@ class Evaluate:
     def run(self) -> None:
         """Print accuracies."""
         from promptkd.stages.teach import pick_device
-        from promptkd.student import Student
 
-        student = Student.load(
+        student = open_student(
             self.student, backbone=self.backbone, device=pick_device(self.device)
         )
         found = student.evaluate(self.labelled, split=self.split)
@@ -249,8 +252,10 @@ Command = (
     | Annotated[Predict, tyro.conf.subcommand("predict")]
     | Annotated[Evaluate, tyro.conf.subcommand("evaluate")]
     | Annotated[Cache, tyro.conf.subcommand("cache")]
+    | Annotated[Calibrate, tyro.conf.subcommand("calibrate")]
     | Annotated[Classes, tyro.conf.subcommand("classes")]
     | Annotated[Export, tyro.conf.subcommand("export")]
+    | Annotated[Push, tyro.conf.subcommand("push")]
     | PaperCommands
 )
 
@@ -298,14 +303,15 @@ def _write_rows(path: Path, rows: Iterable[dict[str, Any]], top_k: int) -> int:
         table = csv.writer(file)
         if path.suffix == ".csv":
             heads = [f"{what}{k}" for k in range(1, top_k + 1) for what in ("label", "probability")]
-            table.writerow(["path", *heads])
+            table.writerow(["path", *heads, "out_of_domain"])
         for row in rows:
             count += 1
             if path.suffix == ".jsonl":
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
             else:
                 pairs = zip(row["labels"], row["probabilities"], strict=True)
-                table.writerow([row["path"], *(v for name, p in pairs for v in (name, f"{p:.6f}"))])
+                cells = (v for name, p in pairs for v in (name, f"{p:.6f}"))
+                table.writerow([row["path"], *cells, row["out_of_domain"]])
     return count
 
 

@@ -9,6 +9,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
+from promptkd.calibration import reliability
 from promptkd.errors import DataError
 from promptkd.prompts import plain_name
 
@@ -25,6 +26,7 @@ class Evaluation:
         base: top-1 of base pictures among base classes, as the paper scores it; None without a split.
         novel: the same for novel.
         harmonic_mean: 2·base·novel / (base + novel).
+        calibration_error: expected calibration error of the highest probability, over 15 bins.
     """
 
     num_images: int
@@ -34,12 +36,14 @@ class Evaluation:
     base: float | None = None
     novel: float | None = None
     harmonic_mean: float | None = None
+    calibration_error: float | None = None
 
     def table(self) -> Table:
         """For a terminal: the accuracies, then the classes from worst to best."""
         table = Table("", "accuracy %", title=f"{self.num_images} pictures")
         parts: dict[str, float | None] = {"top-1": self.top1, "top-5": self.top5}
         parts |= {"base": self.base, "novel": self.novel, "harmonic mean": self.harmonic_mean}
+        parts["calibration error"] = self.calibration_error
         for name, value in parts.items():
             if value is not None:
                 table.add_row(name, f"{value:.1f}", style="bold")
@@ -57,6 +61,8 @@ def score(
     novel: Sequence[str] = (),
 ) -> Evaluation:
     """Score logits (N, C) against labels (N,); base and novel name the halves, if any.
+
+    Logits are to be divided by the temperature, if there is one: the calibration error is theirs.
 
     Raises:
         DataError: a base or novel name that is not among the class names.
@@ -76,6 +82,7 @@ def score(
         base=halves[0],
         novel=halves[1],
         harmonic_mean=harmonic_mean(*halves),
+        calibration_error=reliability(logits, labels).error,
     )
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from promptkd.errors import DataError
+from promptkd.hub_cli import open_student
 
 if TYPE_CHECKING:
     from promptkd.student import Student
@@ -27,12 +28,12 @@ class Export:
     Example: promptkd export student --format onnx --output student.onnx
     """
 
-    student: tyro.conf.Positional[Path]
-    """A student folder."""
+    student: tyro.conf.Positional[str]
+    """A student folder, or 'hf://org/name'."""
     format: Literal["onnx", "torch-export"] = "onnx"
     """'onnx' for onnxruntime and others, 'torch-export' for torch.export.load."""
     output: Path | None = None
-    """The file; default: STUDENT/student.onnx or student.pt2."""
+    """The file; default: student.onnx or student.pt2 in the student's folder."""
     precision: Literal["fp32", "fp16"] = "fp32"
     """Of the image tower."""
     feed: Literal["uint8", "pixels"] = "uint8"
@@ -52,15 +53,14 @@ class Export:
     def run(self) -> None:
         """Write the file, or look at one, and say what it is."""
         from promptkd import export
-        from promptkd.student import Student
 
         if self.int8 and self.pictures is None:
             raise DataError("int8 costs accuracy: name --pictures to measure it on")
-        student = Student.load(self.student, backbone=self.backbone)
+        student = open_student(self.student, backbone=self.backbone)
         if self.verify is not None:
             target, info = self.verify, export.verify_export(self.verify, student)
         else:
-            target = self.output or self.student / f"student{export.SUFFIXES[self.format]}"
+            target = self.output or self._beside(export.SUFFIXES[self.format])
             info = export.export(
                 student,
                 target,
@@ -81,6 +81,11 @@ class Export:
             facts["comparison"], line = self._compare(student, target, self.pictures)
             lines.append(line)
         print(json.dumps(facts, indent=1, ensure_ascii=False) if self.json_ else "\n".join(lines))
+
+    def _beside(self, suffix: str) -> Path:
+        """The file in the student's folder, where that is one."""
+        folder = Path(self.student).expanduser()
+        return (folder if folder.is_dir() else Path()) / f"student{suffix}"
 
     def _compare(self, student: Student, target: Path, pictures: str) -> tuple[dict[str, Any], str]:
         from promptkd.export import compare

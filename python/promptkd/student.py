@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from promptkd.calibration import Calibration, Score, calibrate
 from promptkd.class_vectors import TextSide
 from promptkd.classes import ClassList
 from promptkd.clip import (
@@ -27,8 +28,9 @@ from promptkd.clip import (
     load_embedded,
     preprocess_dict,
 )
+from promptkd.data.inputs import ImageLike, as_list, is_many
 from promptkd.data.loader import load_whole
-from promptkd.data.sources import Split, find_split, labelled, pictures_in, read_split
+from promptkd.data.sources import Split, find_split, labelled, read_split
 from promptkd.errors import CheckpointError, DataError
 from promptkd.evaluate import Evaluation, score
 from promptkd.files import (
@@ -39,14 +41,10 @@ from promptkd.files import (
     write_folder,
     write_tensors,
 )
+from promptkd.hub import HubMixin
 from promptkd.prompts import DeepPrompts
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
 _BATCH = 64
-
-ImageLike: TypeAlias = "str | os.PathLike[str] | Image | NDArray[np.uint8] | Tensor"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +54,8 @@ class Prediction:
     path: str | None
     labels: tuple[str, ...]
     probabilities: tuple[float, ...]
+    out_of_domain: bool | None = None
+    """Whether it looks unlike what the student was calibrated on; None without a calibration."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +68,9 @@ class StudentInfo:
     orient: bool = True
     """Apply the EXIF orientation of pictures."""
     temperature: float = 1.0
+    """T of the probabilities, softmax(logits / T)."""
+    calibration: Calibration | None = None
+    """What the temperature was fitted on."""
     added_classes: tuple[str, ...] = ()
     """Those of the names that came after distilling."""
     summary: dict[str, Any] = field(default_factory=dict)
@@ -90,7 +93,7 @@ class Projector(nn.Module):
         return projected
 
 
-class Student(nn.Module):
+class Student(HubMixin, nn.Module):
     """Classifies pictures by a distilled image tower and stored class vectors.
 
     As a module it maps normalised pixels (B, 3, H, W) to logits (B, C); in training mode the
@@ -150,6 +153,15 @@ class Student(nn.Module):
         features = F.normalize(self.project(pixels), dim=-1)
         return self.logit_scale * features @ self.class_vectors.T
 
+    def as_linear_head(self) -> tuple[nn.Module, Tensor]:
+        """The student as features and a matrix: logits = tower(pixels) @ weight.T.
+
+        Returns:
+            A module from normalised pixels (B, 3, H, W) to unit features (B, D), which shares its
+            weights with the student, and the weight (C, D), logit scale · class vectors.
+        """
+        return FeatureTower(self), self.logit_scale * self.class_vectors
+
     # --- pictures in, answers out
 
     def preprocess(self, images: ImageLike | Sequence[ImageLike]) -> Tensor:
@@ -162,7 +174,7 @@ class Student(nn.Module):
         """
         if isinstance(images, Tensor) and images.is_floating_point():
             return images.to(self.device)
-        (pixels,), _ = load_whole(_as_list(images), [self.clip.preprocess], orient=self.info.orient)
+        (pixels,), _ = load_whole(as_list(images), [self.clip.preprocess], orient=self.info.orient)
         return self.clip.preprocess.normalize(pixels.to(self.device), self._compute_dtype)
 
     @torch.inference_mode()
@@ -193,8 +205,8 @@ class Student(nn.Module):
         """
         if top_k < 1:
             raise DataError(f"top_k must be at least 1, not {top_k}")
-        single = not _is_many(images)
-        items = _as_list(images)
+        single = not is_many(images)
+        items = as_list(images)
         found = list(self.iter_predict(items, top_k))
         return found[0] if single else found
 
@@ -202,12 +214,36 @@ class Student(nn.Module):
         """Like `predict` on a list, giving predictions batch by batch."""
         for start in range(0, len(images), _BATCH):
             part = images[start : start + _BATCH]
-            probabilities = self.logits(part).div(self.info.temperature).softmax(dim=-1)
+            logits = self.logits(part)
+            probabilities = logits.div(self.info.temperature).softmax(dim=-1)
             values, rows = probabilities.topk(min(top_k, len(self.class_names)), dim=-1)
-            for item, value, row in zip(part, values.tolist(), rows.tolist(), strict=True):
+            foreign = self._out_of_domain(logits)
+            for item, value, row, odd in zip(
+                part, values.tolist(), rows.tolist(), foreign, strict=True
+            ):
                 path = os.fspath(item) if isinstance(item, str | os.PathLike) else None
                 names = tuple(self.class_names[r] for r in row)
-                yield Prediction(None if path is None else str(path), names, tuple(value))
+                yield Prediction(None if path is None else str(path), names, tuple(value), odd)
+
+    def _out_of_domain(self, logits: Tensor) -> list[bool | None]:
+        found = self.info.calibration
+        if found is None or found.threshold is None:
+            return [None] * len(logits)
+        odd: list[bool | None] = found.is_foreign(logits).tolist()
+        return odd
+
+    def predict_proba(self, images: ImageLike | Sequence[ImageLike]) -> NDArray[np.float64]:
+        """Probabilities (N, C) of pictures, rows in their order, columns in that of `class_names`.
+
+        As scikit-learn's classifiers have it, but of pictures: paths, images, or a folder.
+
+        Raises:
+            ImageError: a picture that can't be read.
+            DataError: a folder without pictures.
+        """
+        scaled = self.logits(images).double() / self.info.temperature
+        probabilities: NDArray[np.float64] = scaled.softmax(dim=-1).cpu().numpy()
+        return probabilities
 
     def evaluate(self, source: Any, *, split: str | os.PathLike[str] | None = None) -> Evaluation:
         """Accuracy on labelled pictures: top-1, top-5, per class; with a split base/novel/HM.
@@ -221,13 +257,38 @@ class Student(nn.Module):
         found = read_split(Path(split)) if split is not None else _split_beside(source)
         logits = self.logits(list(images.paths))
         halves = (found.base, found.novel) if found is not None else ((), ())
-        return score(logits.cpu(), torch.from_numpy(images.labels), self.class_names, *halves)
+        scaled = logits.cpu() / self.info.temperature
+        return score(scaled, torch.from_numpy(images.labels), self.class_names, *halves)
+
+    def calibrate(self, source: Any, *, rate: float = 0.05, score: Score = "energy") -> Calibration:
+        """Set the temperature, and what looks out of domain, by labelled pictures.
+
+        They must be others than were trained on. No class changes its rank.
+
+        Args:
+            source: see `promptkd.data.labelled`; of a folder with a split.json its `val` part.
+            rate: share of these pictures that are to look out of domain.
+            score: what tells foreign pictures, see `promptkd.calibration.Calibration`.
+
+        Raises:
+            DataError: no labelled pictures, or fewer than 20.
+        """
+        images = labelled(source, self.class_names, part="val")
+        assert images.labels is not None
+        labels, logits = torch.from_numpy(images.labels), self.logits(list(images.paths)).cpu()
+        return self.set_calibration(calibrate(logits, labels, rate=rate, score=score))
+
+    def set_calibration(self, calibration: Calibration) -> Calibration:
+        """Use a calibration from now on."""
+        temperature = calibration.temperature
+        self.info = replace(self.info, temperature=temperature, calibration=calibration)
+        return calibration
 
     def _batches(self, images: ImageLike | Sequence[ImageLike]) -> Iterator[Tensor]:
         if isinstance(images, Tensor) and images.is_floating_point():
             yield from images.to(self.device).split(_BATCH)
             return
-        items = _as_list(images)
+        items = as_list(images)
         for start in range(0, len(items), _BATCH):
             yield self.preprocess(items[start : start + _BATCH])
 
@@ -283,7 +344,15 @@ class Student(nn.Module):
         return self._with(self.classes.renamed(changes))
 
     def _with(self, classes: ClassList) -> Student:
-        info = replace(self.info, class_names=classes.names, added_classes=classes.added)
+        known = self.info.calibration
+        if known is not None and classes.regrouped:
+            known = replace(known, threshold=None)  # it held for the old classes
+        info = replace(
+            self.info,
+            class_names=classes.names,
+            added_classes=classes.added,
+            calibration=known,
+        )
         other = Student(
             self.clip, self.prompts, self.projector, classes.vectors, info, classes.text_side
         )
@@ -368,6 +437,19 @@ class Student(nn.Module):
         return cls(clip, *parts, _info(data), classes.text_side).to(device).eval()
 
 
+class FeatureTower(nn.Module):
+    """Normalised pixels (B, 3, H, W) → unit features (B, D) in the space of the class vectors."""
+
+    def __init__(self, student: Student) -> None:
+        super().__init__()
+        self.student = student
+        self.train(student.training)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Encode pixels."""
+        return F.normalize(self.student.project(pixels), dim=-1)
+
+
 def _trained_parts(tensors: dict[str, Tensor], path: Any) -> tuple[DeepPrompts, Projector]:
     try:
         depth = sum(k.startswith("prompts.") for k in tensors)
@@ -388,45 +470,17 @@ def _trained_parts(tensors: dict[str, Tensor], path: Any) -> tuple[DeepPrompts, 
 
 
 def _info(data: dict[str, Any]) -> StudentInfo:
+    known = data.get("calibration")
     return StudentInfo(
         class_names=tuple(data["class_names"]),
         teacher=data["teacher"],
         teacher_fingerprint=data["teacher_fingerprint"],
         orient=bool(data["orient"]),
         temperature=float(data["temperature"]),
+        calibration=None if known is None else Calibration.from_json(known),
         added_classes=tuple(data.get("added_classes", ())),
         summary=data["summary"],
     )
-
-
-def _is_many(images: Any) -> bool:
-    if isinstance(images, str | os.PathLike):
-        return Path(images).is_dir()
-    return isinstance(images, Sequence) or (
-        isinstance(images, Tensor | np.ndarray) and images.ndim == 4
-    )
-
-
-def _as_list(images: Any) -> list[Any]:
-    if isinstance(images, str | os.PathLike) and Path(images).is_dir():
-        return list(pictures_in(Path(images)).paths)
-    return [_as_source(item) for item in (images if _is_many(images) else [images])]
-
-
-def _as_source(item: Any) -> Any:
-    """A path or Pillow image as it is; arrays (H, W, 3) and tensors (3, H, W) of uint8 as an image."""
-    from PIL import Image
-
-    if isinstance(item, Tensor):
-        item = item.permute(1, 2, 0).cpu().numpy() if item.ndim == 3 else item.numpy()
-    if not isinstance(item, np.ndarray):
-        return item
-    if item.dtype != np.uint8 or item.ndim != 3 or item.shape[2] != 3:
-        raise DataError(
-            f"a picture of type {item.dtype} and shape {item.shape} is neither a uint8 array (H, W, 3), "
-            "a uint8 tensor (3, H, W) nor a normalised float tensor (B, 3, H, W)"
-        )
-    return Image.fromarray(np.ascontiguousarray(item))
 
 
 def _split_beside(source: Any) -> Split | None:

@@ -12,23 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from promptkd.calibration import Bin, reliability
 from promptkd.errors import DataError
 from promptkd.evaluate import harmonic_mean
 
-BINS = 15
 _PAIRS = 10
 _EXAMPLES = 3
-
-
-@dataclass(frozen=True, slots=True)
-class Bin:
-    """Pictures whose highest probability lies in one of 15 equal intervals; empty ones are left out."""
-
-    lower: float
-    num_images: int
-    confidence: float
-    """Mean highest probability, in percent."""
-    accuracy: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,23 +118,15 @@ def score_lists(
 
 def score_part(logits: Tensor, labels: Tensor) -> Part:
     """Score logits (N, C) against labels (N,) over these C classes."""
-    confidence, best = logits.double().softmax(dim=-1).max(dim=-1)
-    hits = (best == labels).double()
+    hits = (logits.argmax(dim=-1) == labels).double()
     top = logits.topk(min(5, logits.shape[1]), dim=-1).indices
-    bins, error = [], 0.0
-    place = (confidence * BINS).long().clamp(max=BINS - 1)
-    for number in place.unique().tolist():
-        inside = place == number
-        sure, right = 100 * float(confidence[inside].mean()), 100 * float(hits[inside].mean())
-        count = int(inside.sum())
-        error += count / len(labels) * abs(sure - right)
-        bins.append(Bin(100 * number / BINS, count, sure, right))
+    found = reliability(logits, labels)
     return Part(
         num_images=len(labels),
         top1=100 * float(hits.mean()),
         top5=100 * float((top == labels[:, None]).any(dim=-1).double().mean()),
-        calibration_error=error,
-        bins=tuple(bins),
+        calibration_error=found.error,
+        bins=found.bins,
     )
 
 

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from promptkd.report.charts import line_chart
+from promptkd.report.charts import line_chart, reliability_chart
 from promptkd.report.page import class_bars, table
 
 _NONE = "\N{EN DASH}"
@@ -36,6 +36,8 @@ def student_section(data: Mapping[str, Any], run: Path) -> str:
     ):
         charts += line_chart(title, "step", [("pictures kept aside", _points(history, key))])
     parts.append(f'<div class="charts">{charts}</div>')
+    if (known := data.get("calibration")) is not None:
+        parts.append(_calibration(known))
     seen = (summary.get("teacher_report") or {}).get("predictions", {})
     if seen:
         total = max(sum(seen.values()), 1)
@@ -52,6 +54,27 @@ def student_section(data: Mapping[str, Any], run: Path) -> str:
         f"<details><summary>Settings and fingerprints</summary><pre>{escape(text)}</pre></details>"
     )
     return "".join(parts)
+
+
+def _calibration(known: Mapping[str, Any]) -> str:
+    """Reliability before and after the temperature was fitted."""
+    labels = known["targets"] == "labels"
+    by = "labels" if labels else "the teacher's probabilities, for want of labels"
+    charts = "".join(
+        reliability_chart(
+            title,
+            [(b["lower"], b["num_images"], b["confidence"], b["accuracy"]) for b in side["bins"]],
+            side["error"],
+        )
+        for title, side in (("T = 1", known["before"]), ("calibrated", known["after"]))
+    )
+    lost = " (lost with the classes it held for)" if known["threshold"] is None else ""
+    return (
+        f"<h3>Calibration</h3><p>Temperature {known['temperature']:.3g}, fitted on "
+        f"{known['num_images']} pictures by {by}. {100 * known['rate']:.3g} % of them look out of "
+        f"domain by their {escape(known['score'])}{lost}.</p>"
+        f'<div class="charts">{charts}</div>'
+    )
 
 
 def _facts_table(summary: Mapping[str, Any], log: list[dict[str, Any]]) -> str:

@@ -20,6 +20,7 @@ from torch import Tensor
 from promptkd.benchmarks import paper
 from promptkd.clip import Clip, load_clip
 from promptkd.data.sources import ImageList, check_class_names, unlabelled
+from promptkd.data.sources import labelled as labels_of
 from promptkd.errors import DataError, TrainingError
 from promptkd.loss import TeacherLogits, TeacherStatistics, kd_loss
 from promptkd.prompts import DeepPrompts
@@ -188,6 +189,7 @@ def distill(
     teacher: Any = "ViT-L-14/openai",
     student: Any = "ViT-B-16/openai",
     labelled: Any = None,
+    validation: Any = None,
     cache: str | os.PathLike[str] | None = None,
     output: str | os.PathLike[str] | None = None,
     resume: bool = False,
@@ -208,6 +210,8 @@ def distill(
         labelled: a few labelled pictures: run stage 1 on `teacher` (a model name) first.
         cache: folder of a teacher cache, built if absent; its views are used, and the teacher is
             not loaded.
+        validation: labelled pictures to fit the probabilities' temperature on; default: the
+            teacher's probabilities of the pictures kept aside.
         output: folder for the student, checkpoints and log (stage 1 goes to `output`/teacher).
         resume: go on with the run in `output`.
         device: default: the GPU if there is one.
@@ -277,11 +281,14 @@ def distill(
         if isinstance(guide, CachedTeacher)
         else None,
     }
+    checked = None if validation is None else labels_of(validation, guide.class_names, part="val")
     run = Run(folder, "distill", identity, resume=resume)
     if resume and folder is not None and (folder / "student.json").is_file():
         return Student.load(folder, backbone=student, precision=config.precision, device=place)
     pupil = new_student(clip, guide, config, orient=orient)
     _train(pupil, guide, pictures, config, run, progress, orient, on_epoch)
+    if checked is not None:
+        pupil.calibrate(checked)
     if folder is not None:
         pupil.save(folder)
         run.finish()
@@ -419,3 +426,4 @@ def _train(
         config=asdict(config),
     )
     holdout.verdict(student, progress)
+    holdout.calibrate(student, progress)

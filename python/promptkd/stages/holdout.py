@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from promptkd.calibration import MIN_PICTURES, calibrate
 from promptkd.class_vectors import ensemble_features, unit
 from promptkd.clip import Preprocess
 from promptkd.data.loader import chunks, load_whole, prefetch
@@ -55,15 +56,29 @@ class Holdout:
         """Top-1 agreement with the teacher in percent, and KL(teacher || student); None if empty."""
         if len(self._images) == 0:
             return None
-        was_training = student.training
-        student.eval()
-        with torch.no_grad():
-            logits = torch.cat([student(p) for p in self._pixels()])
-        student.train(was_training)
-        mine = F.log_softmax(logits.cpu() / self._temperature, dim=-1)
+        mine = F.log_softmax(self._logits(student) / self._temperature, dim=-1)
         kl = (self.log_probs.exp() * (self.log_probs - mine)).sum(dim=-1).mean()
         self.last = {"agreement": self._agreement(mine), "holdout_kl": float(kl)}
         return self.last
+
+    @torch.no_grad()
+    def _logits(self, student: Student) -> Tensor:
+        was_training = student.training
+        student.eval()
+        logits = torch.cat([student(p) for p in self._pixels()])
+        student.train(was_training)
+        return logits.cpu()
+
+    def calibrate(self, student: Student, progress: Progress) -> None:
+        """Fit the student's temperature to the teacher's probabilities, where pictures suffice."""
+        if len(self._images) < MIN_PICTURES:
+            return
+        teacher = (self.log_probs * self._temperature).softmax(dim=-1)
+        found = student.set_calibration(calibrate(self._logits(student), teacher))
+        progress.say(
+            f"temperature {found.temperature:.2f}, fitted to the teacher's probabilities: "
+            f"calibration error {found.before.error:.1f} % → {found.after.error:.1f} %"
+        )
 
     @torch.no_grad()
     def zero_shot_agreement(self, templates: Sequence[str]) -> float | None:
