@@ -51,7 +51,7 @@ test-rust: setup
 test-long: test-long-python fuzz
 
 .PHONY: test-long-python
-test-long-python: setup
+test-long-python: setup $(STAMPS)/browser
 	$(BIN)/pytest -m long --durations=10 -n $(JOBS) --dist loadfile
 
 # Decode FUZZ_FILES damaged pictures, other ones than `make test` does.
@@ -121,7 +121,12 @@ $(STAMPS)/dependencies: $(STAMPS)/venv pyproject.toml
 
 # Editable: Python sources are used where they lie, so only Rust and pyproject.toml count.
 $(STAMPS)/extension: $(STAMPS)/dependencies $(RUST_SOURCES)
-	$(MATURIN) develop --release --locked --extras plots,tensorboard,datasets,export
+	$(MATURIN) develop --release --locked --extras plots,tensorboard,datasets,export,serve
+	touch $@
+
+# The page of `promptkd serve` is driven in it.
+$(STAMPS)/browser: scripts/system_packages.sh $(STAMPS)/venv
+	sh scripts/system_packages.sh $(PYTHON) browser
 	touch $@
 
 $(STAMPS)/zig: $(STAMPS)/dependencies

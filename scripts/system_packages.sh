@@ -2,10 +2,10 @@
 # Look for what the build needs from the system, and get what is missing.
 #
 # As root on a Debian-like system the packages are installed; anywhere else the one command
-# that installs them is printed, and the script fails. Usage: system_packages.sh PYTHON
+# that installs them is printed, and the script fails. Usage: system_packages.sh PYTHON [browser]
 set -eu
 
-python=${1:?usage: system_packages.sh PYTHON}
+python=${1:?usage: system_packages.sh PYTHON [browser]}
 
 fail() {
     printf 'promptkd set-up: %s\n' "$*" >&2
@@ -30,6 +30,9 @@ has cmake || need cmake cmake cmake # builds libjpeg-turbo
 case $(uname -m) in
 x86_64 | amd64 | i?86) has nasm || need nasm nasm nasm ;; # assembles its SIMD code
 esac
+if [ "${2:-}" = browser ]; then # the slow tests open a page in one
+    has chromium || has chromium-browser || has google-chrome || need chromium chromium chromium
+fi
 "$python" -c 'import ensurepip, venv' 2>/dev/null || need python3-venv python3-pip python
 # `cargo test` links a test program with libpython.
 "$python" - <<'PY' || need python3-dev python3-devel python

@@ -25,9 +25,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "export_cli",
         "hub_cli",
         "reproduce_cli",
+        "serve_cli",
         "benchmarks.reproduce",
     ),
-    ("stages", "report", "export", "convert"),
+    ("stages", "report", "export", "convert", "serve"),
     (
         "teacher",
         "student",
@@ -57,7 +58,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
 )
 HEAVY = {"open_clip", "matplotlib", "triton", "tensorboard", "scipy", "timm", "torchvision"}
-HEAVY |= {"onnx", "onnxruntime", "onnxscript"}
+HEAVY |= {"onnx", "onnxruntime", "onnxscript", "gradio"}
 
 
 class Import(NamedTuple):

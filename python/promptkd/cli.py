@@ -19,6 +19,7 @@ from promptkd.errors import PromptKDError
 from promptkd.export_cli import Export
 from promptkd.hub_cli import Push, open_student
 from promptkd.reproduce_cli import Commands as PaperCommands
+from promptkd.serve_cli import Serve
 from promptkd.stages.distill import DistillConfig
 from promptkd.stages.teach import TeachConfig
 
@@ -256,6 +257,7 @@ Command = (
     | Annotated[Classes, tyro.conf.subcommand("classes")]
     | Annotated[Export, tyro.conf.subcommand("export")]
     | Annotated[Push, tyro.conf.subcommand("push")]
+    | Annotated[Serve, tyro.conf.subcommand("serve")]
     | PaperCommands
 )
 
