@@ -82,6 +82,11 @@ format: setup
 	$(BIN)/ruff format
 	cargo fmt $(MANIFEST)
 
+# Build the documentation into site/; a warning is an error.
+.PHONY: docs
+docs: setup $(STAMPS)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
 # Run every benchmark; each prints a table and writes benches/results/<bench>.json.
 .PHONY: bench
 bench: setup
@@ -106,7 +111,7 @@ setup: $(STAMPS)/extension
 # Remove the environment and everything built.
 .PHONY: clean
 clean:
-	rm -rf $(VENV) dist rust/target python/promptkd/_rust*.so
+	rm -rf $(VENV) dist site rust/target python/promptkd/_rust*.so
 
 $(STAMPS)/venv: scripts/system_packages.sh
 	sh scripts/system_packages.sh $(PYTHON)
@@ -127,6 +132,10 @@ $(STAMPS)/extension: $(STAMPS)/dependencies $(RUST_SOURCES)
 # The page of `promptkd serve` is driven in it.
 $(STAMPS)/browser: scripts/system_packages.sh $(STAMPS)/venv
 	sh scripts/system_packages.sh $(PYTHON) browser
+	touch $@
+
+$(STAMPS)/docs: pyproject.toml $(STAMPS)/dependencies
+	$(BIN)/python -m pip install --quiet --group docs
 	touch $@
 
 $(STAMPS)/zig: $(STAMPS)/dependencies

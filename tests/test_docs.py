@@ -1,5 +1,9 @@
-"""Every code block of docs/ runs: Python in one namespace a page, shell lines of `promptkd` as typed."""
+"""Every code block of docs/ runs: Python in one namespace a page, shell lines of `promptkd` as typed.
 
+Tiny models stand for those that the pages name.
+"""
+
+import importlib
 import re
 import shlex
 import shutil
@@ -35,9 +39,13 @@ def place(models: Models, photos: Path, tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_code_blocks_run(page: str, place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_code_blocks_run(
+    page: str, place: Path, models: Models, capsys: pytest.CaptureFixture[str]
+) -> None:
     namespace: dict[str, object] = {"__name__": "docs"}
     for language, code in BLOCK.findall((DOCS / page).read_text(encoding="utf-8")):
+        code = code.replace("ViT-L-14/openai", models.teacher)
+        code = code.replace("ViT-B-16/openai", models.student)
         if language == "python":
             exec(compile(code, page, "exec"), namespace)
         elif language == "sh":
@@ -47,3 +55,13 @@ def test_code_blocks_run(page: str, place: Path, capsys: pytest.CaptureFixture[s
                 assert main(args) == 0, f"{page}: {line}\n{capsys.readouterr().err}"
         else:
             assert language in ("text", "json"), f"{page}: a block of {language} is not run"
+
+
+def test_the_command_lines_page_has_every_verb(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read from the commands themselves, nested ones too."""
+    monkeypatch.syspath_prepend(str(DOCS.parent / "scripts"))
+    hook = importlib.import_module("docs_hook")
+    page = hook.on_page_markdown((DOCS / "cli.md").read_text(encoding="utf-8"))
+    for verb in ("distill", "cache build", "classes add", "data list", "export", "serve"):
+        assert f"## promptkd {verb}\n\n```text\nusage: promptkd {verb}" in page
+    assert hook.on_page_markdown("# Another page") == "# Another page"

@@ -213,11 +213,11 @@ CacheVerb = (
 class Cache:
     """The teacher's answers, stored once, to distil from without the teacher."""
 
-    verb: tyro.conf.OmitSubcommandPrefixes[tyro.conf.OmitArgPrefixes[CacheVerb]]
+    action: tyro.conf.OmitSubcommandPrefixes[tyro.conf.OmitArgPrefixes[CacheVerb]]
 
     def run(self) -> None:
         """Run the verb."""
-        self.verb.run()
+        self.action.run()
 
 
 def _part(text: str | None) -> tuple[int, int] | None:
