@@ -21,6 +21,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "demo",
         "cache_cli",
         "calibrate_cli",
+        "scale_cli",
         "classes_cli",
         "export_cli",
         "hub_cli",
@@ -28,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "serve_cli",
         "benchmarks.reproduce",
     ),
-    ("stages", "report", "export", "convert", "serve"),
+    ("doctor", "throughput", "stages", "report", "export", "convert", "serve"),
     (
         "teacher",
         "student",
@@ -43,6 +44,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "model_card",
         "official",
         "benchmarks",
+        "plan",
     ),
     (
         "clip",
@@ -52,6 +54,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "templates",
         "torchfile",
         "files",
+        "ranks",
         "errors",
         "_rust",
         "kernels",

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from promptkd.errors import CheckpointError, DataError
+from promptkd.ranks import prints
 
 Json = Annotated[bool, tyro.conf.arg(name="json", help="Print the result as JSON on stdout.")]
 Quiet = Annotated[bool, tyro.conf.arg(help="No progress on stderr.")]
@@ -34,7 +35,7 @@ class WhichTeacher:
         """The teacher in memory."""
         from promptkd.clip import load_clip
         from promptkd.data.sources import read_class_names
-        from promptkd.stages.teach import pick_device
+        from promptkd.ranks import pick_device
         from promptkd.teacher import Teacher, zero_shot_teacher
 
         place = pick_device(self.device)
@@ -96,7 +97,7 @@ class Build:
             crop_scale=self.crop_scale,
             shard_rows=self.shard_rows,
             part=_part(self.shard),
-            say=Progress(quiet=self.quiet).say,
+            say=Progress(quiet=self.quiet or not prints()).say,
         )
         _show(cache.info(), self.json_)
 
@@ -175,7 +176,7 @@ class Extend:
             self.cache,
             views=self.views,
             part=_part(self.shard),
-            say=Progress(quiet=self.quiet).say,
+            say=Progress(quiet=self.quiet or not prints()).say,
         )
         _show(cache.info(), self.json_)
 
@@ -230,6 +231,8 @@ def _part(text: str | None) -> tuple[int, int] | None:
 
 
 def _show(facts: dict[str, Any], as_json: bool) -> None:
+    if not prints():
+        return
     if as_json:
         print(json.dumps(facts, indent=1, ensure_ascii=False))
         return

@@ -18,8 +18,10 @@ from promptkd.classes_cli import Classes
 from promptkd.errors import PromptKDError
 from promptkd.export_cli import Export
 from promptkd.hub_cli import Push, open_student
+from promptkd.ranks import name_of_process, prints
 from promptkd.reproduce_cli import Commands as PaperCommands
 from promptkd.serve_cli import Serve
+from promptkd.scale_cli import Commands as ScaleCommands
 from promptkd.stages.distill import DistillConfig
 from promptkd.stages.teach import TeachConfig
 
@@ -157,7 +159,7 @@ class Distill:
             teach_config=self.teach,
             progress=_progress(self.quiet, self.tensorboard),
         )
-        if self.include_backbone:
+        if self.include_backbone and prints():
             student.save(self.output, include_backbone=True)
         summary = {k: v for k, v in student.info.summary.items() if k not in ("config", "history")}
         line = f"student of {len(student.class_names)} classes in '{self.output}'"
@@ -189,7 +191,7 @@ class Predict:
     def run(self) -> None:
         """Print or write predictions."""
         from promptkd.data.sources import pictures_in
-        from promptkd.stages.teach import pick_device
+        from promptkd.ranks import pick_device
 
         if not self.paths:
             raise PromptKDError("name at least one picture or folder")
@@ -237,12 +239,12 @@ class Evaluate:
 
     def run(self) -> None:
         """Print accuracies."""
-        from promptkd.stages.teach import pick_device
+        from promptkd.ranks import pick_device
 
         student = open_student(
             self.student, backbone=self.backbone, device=pick_device(self.device)
         )
-        found = student.evaluate(self.labelled, split=self.split)
+        found = student.evaluate(self.labelled, split=self.split, together=True)
         _print(asdict(found) if self.json_ else found.table())
 
 
@@ -259,6 +261,7 @@ Command = (
     | Annotated[Push, tyro.conf.subcommand("push")]
     | Annotated[Serve, tyro.conf.subcommand("serve")]
     | PaperCommands
+    | ScaleCommands
 )
 
 
@@ -275,10 +278,12 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         command.run()
     except PromptKDError as error:
-        print(f"promptkd: {error}", file=sys.stderr)
+        if not error.told:
+            print(f"{name_of_process()}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("promptkd: interrupted; go on with --resume", file=sys.stderr)
+        if prints():
+            print("promptkd: interrupted; go on with --resume", file=sys.stderr)
         return 130
     return 0
 
@@ -318,7 +323,9 @@ def _write_rows(path: Path, rows: Iterable[dict[str, Any]], top_k: int) -> int:
 
 
 def _print(result: Any) -> None:
-    """A string or table for people, anything else as JSON."""
+    """A string or table for people, anything else as JSON; in a job, from the first rank."""
+    if not prints():
+        return
     if isinstance(result, dict | list):
         print(json.dumps(result, indent=1, ensure_ascii=False))
     elif isinstance(result, str):

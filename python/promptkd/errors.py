@@ -2,7 +2,13 @@
 
 
 class PromptKDError(Exception):
-    """Base of every error that promptkd raises on purpose."""
+    """Base of every error that promptkd raises on purpose.
+
+    Attributes:
+        told: another process of the same job reports it already.
+    """
+
+    told = False
 
 
 class ImageError(PromptKDError, ValueError):

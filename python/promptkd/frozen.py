@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from promptkd.errors import ModelError
 
@@ -274,6 +277,19 @@ class FrozenQuickGelu(nn.Module):
         return y
 
 
+_recompute: ContextVar[bool] = ContextVar("recompute", default=False)
+
+
+@contextmanager
+def recomputing() -> Iterator[None]:
+    """Within it blocks keep only their inputs, and compute the rest again in the backward pass."""
+    token = _recompute.set(True)
+    try:
+        yield
+    finally:
+        _recompute.reset(token)
+
+
 def run_block(
     block: Any,
     x: Tensor,
@@ -282,7 +298,7 @@ def run_block(
     pick: Callable[[Tensor], Tensor] | None = None,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """One frozen residual attention block of open_clip over x (B, L, W).
+    """One frozen residual attention block of open_clip over x (B, L, W); see also `recomputing`.
 
     Args:
         block: the block, gone through `freeze`.
@@ -291,6 +307,21 @@ def run_block(
         pick: (B, L, W) → (B, Q, W), the tokens whose outcome is wanted; default: all.
         mask: added to the scores.
     """
+    if _recompute.get() and torch.is_grad_enabled():
+        out: Tensor = checkpoint(
+            _run, block, x, extra, pick, mask, use_reentrant=False, preserve_rng_state=False
+        )
+        return out
+    return _run(block, x, extra, pick, mask)
+
+
+def _run(
+    block: Any,
+    x: Tensor,
+    extra: Tensor | None,
+    pick: Callable[[Tensor], Tensor] | None,
+    mask: Tensor | None,
+) -> Tensor:
     shown = None if extra is None else block.ln_1(extra)
     looked = block.attn(block.ln_1(x), extra=shown, pick=pick, mask=mask)
     x = (x if pick is None else pick(x)) + block.ls_1(looked)

@@ -173,7 +173,7 @@ class Convert:
     def run(self) -> None:
         """Write the folder."""
         from promptkd.convert import convert
-        from promptkd.stages.teach import pick_device
+        from promptkd.ranks import pick_device
 
         made = convert(
             self.checkpoint,

@@ -43,6 +43,7 @@ from promptkd.files import (
 )
 from promptkd.hub import HubMixin
 from promptkd.prompts import DeepPrompts
+from promptkd.ranks import ALONE, join
 
 _BATCH = 64
 
@@ -245,19 +246,30 @@ class Student(HubMixin, nn.Module):
         probabilities: NDArray[np.float64] = scaled.softmax(dim=-1).cpu().numpy()
         return probabilities
 
-    def evaluate(self, source: Any, *, split: str | os.PathLike[str] | None = None) -> Evaluation:
+    def evaluate(
+        self,
+        source: Any,
+        *,
+        split: str | os.PathLike[str] | None = None,
+        together: bool = False,
+    ) -> Evaluation:
         """Accuracy on labelled pictures: top-1, top-5, per class; with a split base/novel/HM.
 
         Args:
             source: see `promptkd.data.labelled`; of a folder with a split.json its `test` part.
             split: a split.json to take base and novel names from, when it is not beside the folder.
+            together: all ranks of a torchrun job call this, and each looks at a share of the
+                pictures.
         """
         images = labelled(source, self.class_names, part="test")
         assert images.labels is not None
         found = read_split(Path(split)) if split is not None else _split_beside(source)
-        logits = self.logits(list(images.paths))
+        ranks = join(self.device) if together else ALONE
+        mine = list(ranks.cut(images.paths))
+        empty = torch.zeros(0, len(self.class_names), dtype=self.class_vectors.dtype)
+        logits = ranks.gather(self.logits(mine).cpu() if mine else empty)
         halves = (found.base, found.novel) if found is not None else ((), ())
-        scaled = logits.cpu() / self.info.temperature
+        scaled = logits / self.info.temperature
         return score(scaled, torch.from_numpy(images.labels), self.class_names, *halves)
 
     def calibrate(self, source: Any, *, rate: float = 0.05, score: Score = "energy") -> Calibration:

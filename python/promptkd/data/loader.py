@@ -43,7 +43,15 @@ class Failures:
 
     def add(self, row: int, reason: str) -> None:
         """Record one; raise DataError above 5 % of the list."""
-        self.reasons[row] = reason
+        self.join([{row: reason}])
+
+    def join(self, found: Sequence[dict[int, str]]) -> None:
+        """Record what others met with; raise DataError above 5 % of the list."""
+        for reasons in found:
+            self.reasons.update(reasons)
+        if not self.reasons:
+            return
+        reason = next(reversed(self.reasons.values()))
         limit = max(1, int(MAX_FAILED_FRACTION * len(self._images)))
         if len(self.reasons) > limit:
             raise DataError(

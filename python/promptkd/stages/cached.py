@@ -29,6 +29,7 @@ from promptkd.errors import CheckpointError, DataError
 from promptkd.files import TEACHER, read_folder
 from promptkd.loss import TeacherLogits, TeacherStatistics
 from promptkd.prompts import stacked_prompts
+from promptkd.ranks import ALONE, Ranks
 from promptkd.teacher import Teacher
 
 if TYPE_CHECKING:
@@ -99,18 +100,19 @@ def teacher_from_cache(
     orient: bool,
     device: torch.device,
     say: Callable[[str], None],
+    ranks: Ranks = ALONE,
 ) -> CachedTeacher:
     """Open the cache at `path`, or build it with `num_views` views; its teacher.
 
-    The teacher itself is loaded only to fill the cache, or where the cache alone can't tell
-    whether it was built by the teacher that is wanted.
+    Ranks divide the shards among them. The teacher itself is loaded only to fill the cache, or
+    where the cache alone can't tell whether it was built by the teacher that is wanted.
 
     Raises:
         CheckpointError: the cache was built by another teacher, from other pictures, or with
             other settings.
     """
     folder = Path(path).expanduser()
-    if not exists(folder):
+    if not ranks.first(lambda: exists(folder)):
         made = build_cache(
             wanted.load(),
             images,
@@ -121,13 +123,14 @@ def teacher_from_cache(
             temperature=config.temperature,
             crop_scale=config.crop_scale,
             orient=orient,
-            part=(0, 1),
+            part=(ranks.rank, ranks.size),
             say=say,
         )
+        ranks.wait()
         return CachedTeacher(made, made.teacher(), device, config.compute_dtype)
     cache = FeatureCache.open(folder)
     _check_settings(cache, config, orient)
-    missing = cache.missing()
+    missing = ranks.first(cache.missing)
     stored = None if missing else _known(cache, wanted, config.precision)
     if stored is None:
         teacher = wanted.load()
@@ -140,7 +143,9 @@ def teacher_from_cache(
             )
         if missing:
             listings = cache.listings(Listing.of(images))
-            cache = fill(folder, cache.manifest, teacher, listings, part=(0, 1), say=say)
+            part = (ranks.rank, ranks.size)
+            cache = fill(folder, cache.manifest, teacher, listings, part=part, say=say)
+            ranks.wait()
         stored = StoredTeacher.of(teacher)
     say(f"teacher cache '{folder}': {cache.num_views} views, {cache.content}; no teacher needed")
     return CachedTeacher(cache, stored, device, config.compute_dtype)
@@ -210,6 +215,9 @@ class CachedViews:
     def plan(self, views: int, num_epochs: int) -> int:
         """How many views to cycle through: those of the cache, or the first `views` of them."""
         return min(self.cache.num_views, views or self.cache.num_views)
+
+    def prepare(self, view: int) -> None:
+        """Nothing to do: rows are read as they are needed."""
 
     def answers(
         self, view: int, kept: Sequence[int]

@@ -24,11 +24,13 @@ from promptkd.data.sources import labelled as labels_of
 from promptkd.errors import DataError, TrainingError
 from promptkd.loss import TeacherLogits, TeacherStatistics, kd_loss
 from promptkd.prompts import DeepPrompts
+from promptkd.ranks import ALONE, Ranks, join, pick_device
 from promptkd.stages.cached import CachedTeacher, Wanted, teacher_from_cache
+from promptkd.stages.encoder import Encoder
 from promptkd.stages.holdout import Holdout, describe_teacher, split_holdout
 from promptkd.stages.progress import Progress
 from promptkd.stages.run import Run, TrainConfig, Training
-from promptkd.stages.teach import TeachConfig, pick_device, teach
+from promptkd.stages.teach import TeachConfig, teach
 from promptkd.stages.views import Batch, ViewBatches
 from promptkd.student import Projector, Student, StudentInfo
 from promptkd.teacher import Teacher, zero_shot_teacher
@@ -126,18 +128,32 @@ class DistillConfig(TrainConfig):
 
 
 class DistillStep:
-    """The loss of a batch; holds the class vectors less their mean, which changes no softmax."""
+    """The loss of a batch; holds the class vectors less their mean, which changes no softmax.
 
-    def __init__(self, student: Student, teacher_scale: float, config: DistillConfig) -> None:
+    Each rank encodes its own rows; projector and loss see those of all.
+    """
+
+    def __init__(
+        self,
+        student: Student,
+        teacher_scale: float,
+        config: DistillConfig,
+        ranks: Ranks = ALONE,
+    ) -> None:
         self.student, self.config, self.teacher_scale = student, config, teacher_scale
+        self._ranks, self._encode = ranks, Encoder(student.vision, config)
         vectors = student.class_vectors
         self.class_vectors = vectors - vectors.mean(dim=0, keepdim=True)
 
     def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        """Return {"loss": kd_weight·T²·KL, "kl": T²·KL}, batch means."""
-        teacher = batch.teacher_features
+        """Return {"loss": kd_weight·T²·KL, "kl": T²·KL}, batch means; {} for fewer than two rows."""
+        counts = self._ranks.counts(len(batch.pixels))
+        if sum(counts) < 2:
+            return {}  # BatchNorm can't learn from one
+        raw = self._encode(batch.pixels, self.student.prompts())
+        teacher = _gather(self._ranks, batch.teacher_features, counts)
         rows = kd_loss(
-            self.student.project(batch.pixels),
+            self.student.projector(self._ranks.gather(raw, counts)),
             teacher,
             self.class_vectors,
             student_scale=self.student.logit_scale,
@@ -158,6 +174,16 @@ class DistillStep:
         else:
             logits = self.teacher_scale * teacher @ self.class_vectors.T
         return (logits.softmax(dim=-1).amax(dim=-1) >= self.config.min_confidence).float()
+
+
+def _gather(
+    ranks: Ranks, answers: Tensor | TeacherStatistics | TeacherLogits, counts: Sequence[int]
+) -> Tensor | TeacherStatistics | TeacherLogits:
+    if isinstance(answers, TeacherStatistics):
+        return TeacherStatistics(ranks.gather(answers.mu, counts), ranks.gather(answers.h, counts))
+    if isinstance(answers, TeacherLogits):
+        return TeacherLogits(ranks.gather(answers.logits, counts))
+    return ranks.gather(answers, counts)
 
 
 def new_student(
@@ -202,6 +228,9 @@ def distill(
 ) -> Student:
     """Stage 2: make a student from a teacher and unlabelled pictures.
 
+    Under torchrun every rank calls this and gets the student; a batch's pictures are divided among
+    them, and the first one alone prints and writes.
+
     Args:
         images: a folder (with a split.json its `train` part), a list file, or a list of paths.
         class_names: what to tell apart; not together with a teacher that brings its own.
@@ -233,8 +262,9 @@ def distill(
         TrainingError: the loss diverged; the last good checkpoint is kept.
     """
     config = config or DistillConfig()
-    progress = progress or Progress()
     place = pick_device(device)
+    ranks = join(place)
+    progress = progress or Progress() if ranks.is_first else Progress(quiet=True)
     pictures = unlabelled(images)
     if len(pictures) < 2:
         raise DataError("distilling needs at least two pictures (BatchNorm can't learn from one)")
@@ -268,10 +298,11 @@ def distill(
             orient=orient,
             device=place,
             say=progress.say,
+            ranks=ranks,
         )
     clip = load_clip(student, precision=config.precision, device=place)
     identity = {
-        "config": asdict(replace(config, checkpoint_minutes=TrainConfig().checkpoint_minutes)),
+        "config": config.identity(),
         "teacher": guide.fingerprint(),
         "student": clip.image_hash,
         "class_names": list(guide.class_names),
@@ -282,16 +313,16 @@ def distill(
         else None,
     }
     checked = None if validation is None else labels_of(validation, guide.class_names, part="val")
-    run = Run(folder, "distill", identity, resume=resume)
-    if resume and folder is not None and (folder / "student.json").is_file():
+    run = Run(folder, "distill", identity, resume=resume, ranks=ranks)
+    if resume and folder is not None and run.has("student.json"):
         return Student.load(folder, backbone=student, precision=config.precision, device=place)
     pupil = new_student(clip, guide, config, orient=orient)
     _train(pupil, guide, pictures, config, run, progress, orient, on_epoch)
     if checked is not None:
         pupil.calibrate(checked)
-    if folder is not None:
+    if folder is not None and ranks.is_first:
         pupil.save(folder)
-        run.finish()
+    run.finish()
     return pupil
 
 
@@ -331,12 +362,6 @@ def _the_teacher(
         return Teacher.load(teacher, precision=config.precision, device=place)
     stage1 = replace(teach_config or TeachConfig(), precision=config.precision)
     if labelled is not None:
-        if (
-            resume
-            and folder is not None
-            and (folder / "teacher" / "teach_run.json").is_file() is False
-        ):
-            resume = False
         return teach(
             labelled,
             class_names,
@@ -370,6 +395,7 @@ def _train(
     on_epoch: Callable[[int, Student], None] | None,
 ) -> None:
     """Train the student in place and write down how it went."""
+    ranks = run.ranks
     train_rows, held_rows = split_holdout(len(pictures), config.holdout, config.seed)
     images = pictures.select(train_rows)
     progress.say(
@@ -377,16 +403,22 @@ def _train(
         f"{len(student.class_names)} classes; kd_weight {config.kd_weight:g} on the batch mean "
         f"(the paper's KD_WEIGHT {config.kd_weight * len(student.class_names):g})"
     )
-    report = describe_teacher(teacher, pictures, orient=orient, progress=progress)
-    holdout = Holdout(
-        teacher, student, pictures.select(held_rows), config.temperature, orient=orient
-    )
+    report = describe_teacher(teacher, pictures, orient=orient, progress=progress, ranks=ranks)
+    held = pictures.select(held_rows)
+    holdout = Holdout(teacher, student, held, config.temperature, orient=orient, ranks=ranks)
     before = holdout.measure(student)
     zero_shot = holdout.zero_shot_agreement(config.templates)
     batches = ViewBatches(
-        images, student, teacher, config, orient=orient, progress=progress, within=pictures
+        images,
+        student,
+        teacher,
+        config,
+        orient=orient,
+        progress=progress,
+        within=pictures,
+        ranks=ranks,
     )
-    step = DistillStep(student, teacher.logit_scale, config)
+    step = DistillStep(student, teacher.logit_scale, config, ranks)
     num_steps = config.num_steps(batches.steps_per_epoch)
     every = max(1, num_steps // _EVALUATIONS)
 
@@ -407,6 +439,7 @@ def _train(
         step=step,
         run=run,
         progress=progress,
+        partial=list(student.prompts.parameters()),
         on_step=measure,
         on_epoch=look,
     )
@@ -422,7 +455,7 @@ def _train(
         after=holdout.measure(student),
         history=training.history,
         teacher_report=report,
-        unreadable=sorted(batches.failures.values()),
+        unreadable=sorted({m for found in ranks.objects(batches.failures) for m in found.values()}),
         config=asdict(config),
     )
     holdout.verdict(student, progress)

@@ -16,6 +16,7 @@ from promptkd.clip import Preprocess
 from promptkd.data.loader import chunks, load_whole, prefetch
 from promptkd.data.sources import ImageList
 from promptkd.errors import DataError
+from promptkd.ranks import ALONE, Ranks
 from promptkd.stages.cached import CachedTeacher
 from promptkd.stages.progress import Progress
 from promptkd.student import Student
@@ -35,7 +36,10 @@ def split_holdout(num_images: int, share: float, seed: int) -> tuple[list[int], 
 
 
 class Holdout:
-    """Pictures kept aside, their pixels for the student, and the teacher's answers on them."""
+    """Pictures kept aside, their pixels for the student, and the teacher's answers on them.
+
+    Each rank looks at its share of the pictures; the answers are those on all of them.
+    """
 
     def __init__(
         self,
@@ -45,16 +49,20 @@ class Holdout:
         temperature: float,
         *,
         orient: bool,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._student, self._orient, self._temperature = student, orient, temperature
-        self.log_probs, kept = teacher_log_probs(teacher, images, temperature, orient=orient)
-        self._images = images.select(kept)
+        self._ranks = ranks
+        mine = images.select(ranks.share(len(images)))
+        log_probs, kept = teacher_log_probs(teacher, mine, temperature, orient=orient)
+        self.log_probs = ranks.gather(log_probs)
+        self._images = mine.select(kept)
         self.last: dict[str, float] | None = None
         self.zero_shot: float | None = None
 
     def measure(self, student: Student) -> dict[str, float] | None:
         """Top-1 agreement with the teacher in percent, and KL(teacher || student); None if empty."""
-        if len(self._images) == 0:
+        if len(self.log_probs) == 0:
             return None
         mine = F.log_softmax(self._logits(student) / self._temperature, dim=-1)
         kl = (self.log_probs.exp() * (self.log_probs - mine)).sum(dim=-1).mean()
@@ -65,13 +73,13 @@ class Holdout:
     def _logits(self, student: Student) -> Tensor:
         was_training = student.training
         student.eval()
-        logits = torch.cat([student(p) for p in self._pixels()])
+        rows = [student(p) for p in self._pixels()]
         student.train(was_training)
-        return logits.cpu()
+        return self._gather(rows, len(student.class_names))
 
     def calibrate(self, student: Student, progress: Progress) -> None:
         """Fit the student's temperature to the teacher's probabilities, where pictures suffice."""
-        if len(self._images) < MIN_PICTURES:
+        if len(self.log_probs) < MIN_PICTURES:
             return
         teacher = (self.log_probs * self._temperature).softmax(dim=-1)
         found = student.set_calibration(calibrate(self._logits(student), teacher))
@@ -84,11 +92,11 @@ class Holdout:
     def zero_shot_agreement(self, templates: Sequence[str]) -> float | None:
         """Agreement of the student's own CLIP, before any distillation; None without text side."""
         student = self._student
-        if len(self._images) == 0 or student.clip.text is None:
+        if len(self.log_probs) == 0 or student.clip.text is None:
             return None
         vectors = unit(ensemble_features(student.clip, student.class_names, templates))
-        features = [unit(student.vision(p)) for p in self._pixels()]
-        self.zero_shot = self._agreement((torch.cat(features) @ vectors.T).cpu())
+        rows = [unit(student.vision(p)) @ vectors.T for p in self._pixels()]
+        self.zero_shot = self._agreement(self._gather(rows, len(vectors)))
         return self.zero_shot
 
     def verdict(self, student: Student, progress: Progress) -> None:
@@ -101,7 +109,7 @@ class Holdout:
         student.with_summary(failed=failed)
         own = "" if self.zero_shot is None else f" (its own zero-shot: {self.zero_shot:.1f} %)"
         progress.say(
-            f"agreement with the teacher on {len(self._images)} pictures kept aside: "
+            f"agreement with the teacher on {len(self.log_probs)} pictures kept aside: "
             f"{before['agreement']:.1f} % → {after['agreement']:.1f} %{own}; "
             f"KL {before['holdout_kl']:.3f} → {after['holdout_kl']:.3f}"
         )
@@ -111,6 +119,11 @@ class Holdout:
                 "Try more pictures or steps, a lower lr, or another seed.",
                 style="bold red",
             )
+
+    def _gather(self, rows: Sequence[Tensor], num_classes: int) -> Tensor:
+        """All ranks' rows (n, C), on the CPU."""
+        empty = torch.zeros(0, num_classes, dtype=self._student.class_vectors.dtype)
+        return self._ranks.gather(torch.cat([empty, *(r.cpu() for r in rows)]))
 
     def _agreement(self, scores: Tensor) -> float:
         same = scores.argmax(dim=-1) == self.log_probs.argmax(dim=-1)
@@ -146,6 +159,8 @@ def teacher_log_probs(
     teacher: Teacher | CachedTeacher, images: ImageList, temperature: float, *, orient: bool
 ) -> tuple[Tensor, list[int]]:
     """log softmax of the teacher's logits on whole pictures, (n, C), and the n rows it could read."""
+    if len(images) == 0:
+        return teacher.class_vectors.new_zeros(0, len(teacher.class_names)).cpu(), []
     if isinstance(teacher, CachedTeacher):
         return teacher.log_probs(images, temperature)
     vectors = teacher.class_vectors
@@ -157,12 +172,18 @@ def teacher_log_probs(
 
 
 def describe_teacher(
-    teacher: Teacher | CachedTeacher, images: ImageList, *, orient: bool, progress: Progress
+    teacher: Teacher | CachedTeacher,
+    images: ImageList,
+    *,
+    orient: bool,
+    progress: Progress,
+    ranks: Ranks = ALONE,
 ) -> dict[str, Any]:
     """What the teacher makes of (a sample of) the pictures, told to the user before training."""
     sample = images.select(range(0, len(images), math.ceil(len(images) / _LOOK_AT)))
-    log_probs, kept = teacher_log_probs(teacher, sample, 1.0, orient=orient)
-    if not kept:
+    mine = sample.select(ranks.share(len(sample)))
+    log_probs = ranks.gather(teacher_log_probs(teacher, mine, 1.0, orient=orient)[0])
+    if len(log_probs) == 0:
         if isinstance(teacher, CachedTeacher):
             raise DataError(f"none of {len(sample)} pictures could be read for the cache")
         load_whole(sample.paths[:1], [teacher.preprocess], orient=orient)  # raises with the reason
@@ -174,7 +195,7 @@ def describe_teacher(
     empty = [name for name, count in by_class.items() if count == 0]
     most = sorted(by_class.items(), key=lambda kv: -kv[1])
     progress.say(
-        f"teacher on {len(kept)} pictures: "
+        f"teacher on {len(log_probs)} pictures: "
         + ", ".join(f"{name} {count}" for name, count in most[:8])
         + (f" … {most[-1][0]} {most[-1][1]}" if len(most) > 8 else "")
         + f"; {unsure:.0f} % with a top probability below {LOW_CONFIDENCE}"
@@ -191,4 +212,4 @@ def describe_teacher(
             "it on a few labelled pictures first",
             style="yellow",
         )
-    return {"num_images": len(kept), "predictions": by_class, "low_confidence_percent": unsure}
+    return {"num_images": len(log_probs), "predictions": by_class, "low_confidence_percent": unsure}

@@ -6,7 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Generic, Literal, Protocol, TypeVar
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from promptkd.clip import PRECISIONS
 from promptkd.errors import CheckpointError, TrainingError
 from promptkd.files import read_tensors, sweep, write_json, write_tensors
+from promptkd.ranks import ALONE, Ranks
 from promptkd.stages.progress import Progress
 
 B = TypeVar("B")
@@ -24,6 +25,8 @@ B_co = TypeVar("B_co", covariant=True)
 PAPER_FIRST_LR = 1e-5
 _CHECKPOINT = "checkpoint.safetensors"
 _EPOCH_CHECKPOINT_SECONDS = 10.0
+_HOW = ("checkpoint_minutes", "micro_batch", "recompute", "compile")
+"""Settings that change how a result is reached, but not the result."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +43,9 @@ class TrainConfig:
     """Pictures a step."""
     lr: float = 0.005
     """Peak learning rate."""
+    lr_batch_size: int = 0
+    """The batch size that `lr` is meant for: with another one the rate is scaled in proportion.
+    0: take `lr` as it stands."""
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """"sgd": momentum 0.9, no Nesterov; "adamw": the default betas."""
     schedule: Literal["paper", "cosine"] = "paper"
@@ -62,6 +68,13 @@ class TrainConfig:
     """Everything random follows from it."""
     checkpoint_minutes: float = 10.0
     """A checkpoint at least so often; also at the end of an epoch."""
+    micro_batch: int = 0
+    """Save memory: pictures that go through the tower at once, forward and again backward; the
+    loss (and BatchNorm) still sees the whole batch. 0: all of them."""
+    recompute: bool = False
+    """Save memory: compute each layer's activations again in the backward pass."""
+    compile: bool = False
+    """Compile the tower with torch.compile (needs a C++ compiler on a CPU)."""
 
     def __post_init__(self) -> None:
         checks: list[tuple[bool, str]] = [
@@ -70,6 +83,7 @@ class TrainConfig:
             (self.max_steps is None or self.max_steps >= 1, "max_steps must be at least 1"),
             (self.batch_size >= 2, "batch_size must be at least 2 (BatchNorm needs two pictures)"),
             (self.lr > 0, "lr must be positive"),
+            (self.lr_batch_size >= 0, "lr_batch_size must not be negative"),
             (self.weight_decay >= 0, "weight_decay must not be negative"),
             (self.warmup_steps >= 0, "warmup_steps must not be negative"),
             (self.num_prompts >= 1, "num_prompts must be at least 1"),
@@ -80,6 +94,8 @@ class TrainConfig:
             (self.precision in PRECISIONS, f"precision must be one of {', '.join(PRECISIONS)}"),
             (self.seed >= 0, "seed must not be negative"),
             (self.checkpoint_minutes > 0, "checkpoint_minutes must be positive"),
+            (self.micro_batch >= 0, "micro_batch must not be negative"),
+            (not (self.recompute and self.compile), "recompute and compile exclude each other"),
         ]
         for good, message in checks:
             if not good:
@@ -89,6 +105,16 @@ class TrainConfig:
     def compute_dtype(self) -> torch.dtype:
         """What trains is kept in, and losses are computed in: float32, or float64 with fp64."""
         return torch.float64 if self.precision == "fp64" else torch.float32
+
+    @property
+    def peak_lr(self) -> float:
+        """`lr`, scaled to the batch size if that is asked for."""
+        return self.lr * (self.batch_size / self.lr_batch_size if self.lr_batch_size else 1.0)
+
+    def identity(self) -> dict[str, Any]:
+        """All settings that the result depends on."""
+        defaults = {f.name: f.default for f in fields(TrainConfig)}
+        return {k: defaults[k] if k in _HOW else v for k, v in asdict(self).items()}
 
     def num_steps(self, steps_per_epoch: int) -> int:
         """Steps that a run takes, given how many make an epoch."""
@@ -104,11 +130,11 @@ class TrainConfig:
             epoch = step // steps_per_epoch
             if epoch == 0:
                 return PAPER_FIRST_LR
-            return self.lr * (1 + math.cos(math.pi * (epoch - 1) / self.epochs)) / 2
+            return self.peak_lr * (1 + math.cos(math.pi * (epoch - 1) / self.epochs)) / 2
         if step < self.warmup_steps:
-            return self.lr * (step + 1) / self.warmup_steps
+            return self.peak_lr * (step + 1) / self.warmup_steps
         share = (step - self.warmup_steps) / max(num_steps - self.warmup_steps, 1)
-        return self.lr * (1 + math.cos(math.pi * share)) / 2
+        return self.peak_lr * (1 + math.cos(math.pi * share)) / 2
 
     def make_optimizer(self, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
         """The optimiser over `parameters`."""
@@ -135,17 +161,27 @@ class EpochBatches(Protocol[B_co]):
 class Run:
     """The folder of one stage's run; without a folder nothing is kept.
 
+    Of several ranks the first one alone reads and writes.
+
     Raises:
         CheckpointError: the folder holds another run, or holds this one and `resume` is off.
     """
 
     def __init__(
-        self, folder: Path | None, stage: str, identity: Mapping[str, Any], *, resume: bool
+        self,
+        folder: Path | None,
+        stage: str,
+        identity: Mapping[str, Any],
+        *,
+        resume: bool,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self.folder, self.stage = folder, stage
-        if folder is None:
-            return
-        sheet = folder / f"{stage}_run.json"
+        self.folder, self.stage, self.ranks = folder, stage, ranks
+        if folder is not None:
+            ranks.first(lambda: self._open(folder, identity, resume))
+
+    def _open(self, folder: Path, identity: Mapping[str, Any], resume: bool) -> None:
+        sheet = folder / f"{self.stage}_run.json"
         wanted = json.loads(json.dumps(identity))
         if sheet.is_file():
             self._compare(sheet, wanted, resume)
@@ -179,11 +215,14 @@ class Run:
 
     def save(self, tensors: Mapping[str, Tensor], data: Mapping[str, Any]) -> None:
         """Write the checkpoint, replacing the last one in a single step."""
-        if self.folder is not None:
+        if self.folder is not None and self.ranks.is_first:
             write_tensors(self.folder / _CHECKPOINT, tensors, {"data": json.dumps(data)})
 
     def restore(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """The checkpoint, if there is one."""
+        return self.ranks.first(self._read)
+
+    def _read(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         if self.folder is None or not (self.folder / _CHECKPOINT).is_file():
             return None
         tensors, metadata = read_tensors(self.folder / _CHECKPOINT)
@@ -191,8 +230,14 @@ class Run:
 
     def finish(self) -> None:
         """The result is stored: the checkpoint is no longer needed."""
-        if self.folder is not None:
+        if self.folder is not None and self.ranks.is_first:
             (self.folder / _CHECKPOINT).unlink(missing_ok=True)
+        self.ranks.wait()
+
+    def has(self, name: str) -> bool:
+        """Whether the folder holds a file of this name, as the first rank sees it."""
+        folder = self.folder
+        return folder is not None and self.ranks.first(lambda: (folder / name).is_file())
 
 
 def _short(value: Any) -> str:
@@ -205,7 +250,9 @@ class Training(Generic[B]):
     """One training: what trains, on what, and what happens on the way.
 
     Attributes:
-        step: batch → named 0-dim losses; "loss" is the one to go down.
+        step: batch → named 0-dim losses of the whole batch; "loss" is the one to go down. Empty
+            where too few of the batch's pictures could be read: it counts, but changes nothing.
+        partial: those of `parameters` whose gradients each rank knows a part of, to be added up.
         modules: everything whose state a checkpoint holds, by name.
         on_step: called after a step with the number of steps done; may return values to log.
         on_epoch: called after the last step of an epoch with its number, from 1.
@@ -219,6 +266,7 @@ class Training(Generic[B]):
     step: Callable[[B], dict[str, Tensor]]
     run: Run
     progress: Progress
+    partial: Sequence[nn.Parameter] = ()
     on_step: Callable[[int], dict[str, float] | None] = lambda _: None
     on_epoch: Callable[[int], None] = lambda _: None
     on_gradients: Callable[[int, dict[str, Tensor]], None] = lambda _step, _losses: None
@@ -235,9 +283,8 @@ class Training(Generic[B]):
         num_steps = self.config.num_steps(per_epoch)
         done = self._restore(optimizer)
         watch = _Watch(self.run)
-        self.progress.start(
-            self.run.stage, num_steps, done, self.config.batch_size, self.run.folder
-        )
+        folder = self.run.folder if self.run.ranks.is_first else None
+        self.progress.start(self.run.stage, num_steps, done, self.config.batch_size, folder)
         saved_at = time.monotonic()
         try:
             while done < num_steps:
@@ -245,10 +292,12 @@ class Training(Generic[B]):
                 for batch in self.batches.batches(epoch, first):
                     rate = self.config.learning_rate(done, per_epoch, num_steps)
                     losses = self._one_step(optimizer, batch, rate, done)
-                    watch.check(losses["loss"], done)
+                    if losses:
+                        watch.check(losses["loss"], done)
                     done += 1
                     ends_epoch = done % per_epoch == 0
                     if ends_epoch:
+                        self.run.ranks.copy_first(self.modules.values())
                         self.on_epoch(done // per_epoch)
                     self._report(done, rate, losses, num_steps)
                     if done >= num_steps:
@@ -276,8 +325,11 @@ class Training(Generic[B]):
         for group in optimizer.param_groups:
             group["lr"] = rate
         losses = self.step(batch)
+        if not losses:
+            return losses
         optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()
+        self.run.ranks.add_gradients(self.partial)
         self.on_gradients(done, losses)
         optimizer.step()
         return losses
@@ -291,7 +343,7 @@ class Training(Generic[B]):
             self.progress.update(done, {**values, "lr": rate, **(extra or {})})
 
     def _save(self, optimizer: torch.optim.Optimizer, done: int) -> None:
-        if self.run.folder is None:
+        if self.run.folder is None or not self.run.ranks.is_first:
             return
         tensors = {
             f"{n}.{k}": v for n, m in self.modules.items() for k, v in m.state_dict().items()
@@ -360,6 +412,6 @@ class _Watch:
             )
 
     def _way_out(self) -> str:
-        kept = self._run.restore() is not None
+        kept = self._run.has(_CHECKPOINT)
         where = f"the last good checkpoint is in '{self._run.folder}'; " if kept else ""
         return f"{where}lower lr, or use precision 'fp32'"

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +32,8 @@ from promptkd.data.sources import (
 )
 from promptkd.errors import DataError
 from promptkd.prompts import DeepPrompts, PromptedNames, plain_name
+from promptkd.ranks import ALONE, Ranks, join, pick_device
+from promptkd.stages.encoder import Encoder
 from promptkd.stages.progress import Progress
 from promptkd.stages.run import Run, TrainConfig, Training
 from promptkd.teacher import (
@@ -66,11 +68,16 @@ class TeachConfig(TrainConfig):
     """Epoch at which the Gaussian average of prompts peaks."""
     gpa_std: float = 1.0
     """Its width in epochs."""
+    classes_per_step: int = 0
+    """Save memory and time with very many classes: each step's losses run over the batch's own
+    classes and so many others, drawn anew. 0: over all classes."""
 
     def __post_init__(self) -> None:
         TrainConfig.__post_init__(self)
-        if self.gpa_std <= 0 or self.shots < 0:
-            raise ValueError("TeachConfig: gpa_std must be positive and shots not negative")
+        if self.gpa_std <= 0 or self.shots < 0 or self.classes_per_step < 0:
+            raise ValueError(
+                "TeachConfig: gpa_std must be positive, shots and classes_per_step not negative"
+            )
 
     @classmethod
     def paper(cls, protocol: str = "base-to-novel", **changes: Any) -> TeachConfig:
@@ -125,7 +132,10 @@ class PromptAverage(nn.Module):
 
 
 class PromptSRC(nn.Module):
-    """The trained prompts and the losses of stage 1 over the classes that have labels."""
+    """The trained prompts and the losses of stage 1 over the classes that have labels.
+
+    Each rank encodes its own pictures and a share of the class names; the losses see all of them.
+    """
 
     def __init__(
         self,
@@ -134,9 +144,11 @@ class PromptSRC(nn.Module):
         config: TeachConfig,
         *,
         generator: torch.Generator | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         super().__init__()
-        self.clip, self.config = clip, config
+        self.clip, self.config, self._ranks = clip, config, ranks
+        self._encode = Encoder(clip.vision, config)
         tower = clip.need_text("tune a teacher")
         generator = generator or torch.Generator().manual_seed(config.seed)
         names = PromptedNames(class_names, config.template, config.num_prompts, clip.tokenize)
@@ -149,27 +161,42 @@ class PromptSRC(nn.Module):
         context = tower.token_embedding(names.context.to(clip.device)).detach().cpu().to(wide)
         self.vision_prompts = vision.to(wide).to(clip.device)
         self.text_prompts = DeepPrompts([context, *later()]).to(wide).to(clip.device)
-        fixed = ensemble_features(clip, class_names, config.templates)
+        fixed = shared_rows(
+            ranks, class_names, lambda mine: ensemble_features(clip, mine, config.templates)
+        )
         self.fixed_text = fixed / fixed.norm(dim=-1, keepdim=True)
 
     def prompts(self) -> list[nn.Parameter]:
         """All that stage 1 trains."""
         return [*self.vision_prompts.parameters(), *self.text_prompts.parameters()]
 
-    def losses(self, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Weighted loss terms of normalised pixels (B, 3, H, W) with labels (B,)."""
-        config, scale = self.config, self.clip.logit_scale
-        tower = self.clip.need_text("tune a teacher")
-        text = unit(tower(self.tokens, self.text_prompts()))
-        image = unit(self.clip.vision(pixels, self.vision_prompts()))
+    def losses(
+        self, pixels: Tensor, labels: Tensor, classes: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Weighted loss terms of a batch; {} where none of its pictures could be read.
+
+        Args:
+            pixels: (B, 3, H, W), normalised: this rank's rows, perhaps none.
+            labels: (B,), their classes.
+            classes: (K,), sorted: the only classes that the losses run over, labels among them.
+        """
+        config, scale, ranks = self.config, self.clip.logit_scale, self._ranks
+        counts = ranks.counts(len(pixels))
+        if sum(counts) == 0:
+            return {}
+        labels, fixed_text = ranks.gather(labels, counts), self.fixed_text
+        if classes is not None:
+            labels, fixed_text = torch.searchsorted(classes, labels), fixed_text[classes]
+        text = unit(self._text(self.tokens if classes is None else self.tokens[classes]))
+        image = unit(ranks.gather(self._encode(pixels, self.vision_prompts()), counts))
         with torch.no_grad():
-            frozen = unit(self.clip.vision(pixels))
-            zero_shot = F.log_softmax(scale * frozen @ self.fixed_text.T, dim=1)
+            frozen = unit(ranks.gather(self._encode(pixels, ()), counts))
+            zero_shot = F.log_softmax(scale * frozen @ fixed_text.T, dim=1)
         logits = scale * image @ text.T
         prompted = F.log_softmax(logits, dim=1)
         terms = {
             "ce": F.cross_entropy(logits, labels),
-            "scl_text": config.text_weight * (text - self.fixed_text).abs().mean(),
+            "scl_text": config.text_weight * (text - fixed_text).abs().mean(),
             "scl_image": config.image_weight * (image - frozen).abs().mean(),
             "scl_logits": config.logit_weight
             * F.kl_div(prompted, zero_shot, reduction="sum", log_target=True)
@@ -177,29 +204,63 @@ class PromptSRC(nn.Module):
         }
         return {"loss": torch.stack(list(terms.values())).sum(), **terms}
 
+    def _text(self, tokens: Tensor) -> Tensor:
+        """Raw text features of token rows, each rank encoding its share of them."""
+        tower = self.clip.need_text("tune a teacher")
+
+        def encode(mine: Tensor) -> Tensor:
+            raw: Tensor = tower(mine, self.text_prompts())
+            return raw.to(self.config.compute_dtype)
+
+        return shared_rows(self._ranks, tokens, encode)
+
+
+def shared_rows(ranks: Ranks, items: Any, compute: Callable[[Any], Tensor]) -> Tensor:
+    """`compute` of items, a row each, divided among the ranks; at least one item."""
+    counts = [len(ranks.share(len(items), rank)) for rank in range(ranks.size)]
+    # A rank without any computes the first one, to know the shape, and hands on none of it.
+    rows = compute(ranks.cut(items) if counts[ranks.rank] else items[:1])
+    return ranks.gather(rows[: counts[ranks.rank]], counts)
+
 
 @dataclass(frozen=True, slots=True)
 class _FewShotBatches:
-    """Seeded views of the few-shot pictures with their labels."""
+    """Seeded views of the few-shot pictures with their labels; each rank has its share of a batch."""
 
     loader: ViewLoader
     labels: Tensor
     clip: Clip
     config: TeachConfig
+    ranks: Ranks
 
     @property
     def steps_per_epoch(self) -> int:
         return len(split_batches(range(len(self.labels)), self.config.batch_size))
 
-    def batches(self, epoch: int, first: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(
+        self, epoch: int, first: int
+    ) -> Iterator[tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Tensor]]:
         order = epoch_order(len(self.labels), self.config.seed, epoch)
         rows = split_batches(order, self.config.batch_size)[first:]
-        for (pixels,), kept in prefetch(self.loader.load, [(r, epoch) for r in rows]):
-            if kept:
-                images = self.clip.preprocess.normalize(
-                    pixels.to(self.clip.device), self.config.compute_dtype
-                )
-                yield images, self.labels[kept].to(self.clip.device)
+        self.loader.failures.join(self.ranks.objects(self.loader.failures.reasons))
+        device, dtype = self.clip.device, self.config.compute_dtype
+        work = [(self.ranks.cut(r), epoch) for r in rows]
+        for number, ((pixels,), kept) in enumerate(prefetch(self.loader.load, work)):
+            images = self.clip.preprocess.normalize(pixels.to(device), dtype)
+            labels = self.labels[list(kept)].to(device)
+            if self.config.classes_per_step:
+                yield images, labels, self._classes(rows[number], epoch, first + number).to(device)
+            else:
+                yield images, labels
+
+    def _classes(self, rows: Sequence[int], epoch: int, number: int) -> Tensor:
+        """The classes of a whole batch and `classes_per_step` others, sorted."""
+        present = self.labels[list(rows)].unique()
+        seed = (self.config.seed * 1_000_003 + epoch) * 1_000_003 + number
+        generator = torch.Generator().manual_seed(seed % 2**63)
+        every = torch.randperm(int(self.labels.max()) + 1, generator=generator)
+        others = every[~torch.isin(every, present)][: self.config.classes_per_step]
+        return torch.cat([present, others]).sort().values
 
 
 def teach(
@@ -215,6 +276,9 @@ def teach(
     progress: Progress | None = None,
 ) -> Teacher:
     """Stage 1: make a teacher from a large CLIP and a few labelled pictures.
+
+    Under torchrun every rank calls this and gets the teacher; pictures and class names are divided
+    among them, and the first one alone prints and writes.
 
     Args:
         labelled_images: a folder with one sub-folder a class, a CSV/TSV/JSONL of (path, label), a
@@ -237,8 +301,9 @@ def teach(
         TrainingError: the loss diverged.
     """
     config = config or TeachConfig()
-    progress = progress or Progress()
     place = pick_device(device)
+    ranks = join(place)
+    progress = progress or Progress() if ranks.is_first else Progress(quiet=True)
     images = None
     if config.method == "promptsrc":
         images = _few_shot_images(labelled_images, class_names, config)
@@ -249,25 +314,24 @@ def teach(
     clip = load_clip(model, precision=config.precision, device=place)
     folder = Path(output).expanduser() if output is not None else None
     identity = {
-        "config": asdict(replace(config, checkpoint_minutes=TrainConfig().checkpoint_minutes)),
+        "config": config.identity(),
         "model": [clip.image_hash, clip.text_hash],
         "class_names": list(names),
         "images": images.digest() if images is not None else "",
         "orient": orient,
     }
-    if resume and folder is not None and (folder / "teacher.json").is_file():
-        Run(folder, "teach", identity, resume=True)
+    run = Run(folder, "teach", identity, resume=resume, ranks=ranks)
+    if resume and folder is not None and run.has("teacher.json"):
         return Teacher.load(
             folder, model=model, precision=config.precision, device=place, text=True
         )
-    run = Run(folder, "teach", identity, resume=resume)
     if images is None:
         teacher = zero_shot_teacher(clip, names, config.templates)
     else:
         teacher = _tune(clip, images, names, config, run, progress, orient)
-    if folder is not None:
+    if folder is not None and ranks.is_first:
         teacher.save(folder)
-        run.finish()
+    run.finish()
     return teacher.to(place)
 
 
@@ -306,14 +370,15 @@ def _tune(
     present = sorted(set(images.labels.tolist()))
     row_of = {label: row for row, label in enumerate(present)}
     labels = torch.tensor([row_of[label] for label in images.labels.tolist()])
-    model = PromptSRC(clip, [images.class_names[label] for label in present], config)
+    ranks, known = run.ranks, [images.class_names[label] for label in present]
+    model = PromptSRC(clip, known, config, ranks=ranks)
     progress.say(
         f"stage 1: {len(images)} labelled pictures of {len(present)} classes "
         f"({len(names)} names), {sum(p.numel() for p in model.prompts()):,} trained values"
     )
     crop = CropRecipe(scale=config.crop_scale)
     loader = ViewLoader(images, [clip.preprocess], crop, seed=config.seed, orient=orient)
-    batches = _FewShotBatches(loader, labels, clip, config)
+    batches = _FewShotBatches(loader, labels, clip, config, ranks)
     epochs = math.ceil(config.num_steps(batches.steps_per_epoch) / batches.steps_per_epoch)
     average = PromptAverage(model.prompts(), gpa_weights(config.gpa_mean, config.gpa_std, epochs))
     training = Training(
@@ -324,28 +389,27 @@ def _tune(
         step=lambda batch: model.losses(*batch),
         run=run,
         progress=progress,
+        partial=model.prompts(),
         on_epoch=average.add,
     )
     steps = training.execute()
     if steps % batches.steps_per_epoch == 0:
         average.install()
-    return finish_teacher(
-        model, names, {"steps": steps, "failed": sorted(loader.failures.reasons.values())}
-    )
+    failed = {m for found in ranks.objects(loader.failures.reasons) for m in found.values()}
+    return finish_teacher(model, names, {"steps": steps, "failed": sorted(failed)}, ranks)
 
 
-def finish_teacher(model: PromptSRC, names: Sequence[str], summary: dict[str, Any]) -> Teacher:
+def finish_teacher(
+    model: PromptSRC, names: Sequence[str], summary: dict[str, Any], ranks: Ranks = ALONE
+) -> Teacher:
     """Compute the class vectors of all names, once, with the final prompts."""
-    config = model.config
-    vectors = prompted_class_vectors(model.clip, names, config.template, model.text_prompts)
+    config, clip, prompts = model.config, model.clip, model.text_prompts
+
+    def compute(mine: Sequence[str]) -> Tensor:
+        return prompted_class_vectors(clip, mine, config.template, prompts)
+
+    vectors = shared_rows(ranks, names, compute)
     info = TeacherInfo(
         config.method, config.template, tuple(config.templates), tuple(names), summary
     )
     return Teacher(model.clip, info, vectors, model.vision_prompts, model.text_prompts)
-
-
-def pick_device(device: torch.device | str | None) -> torch.device:
-    """The device asked for, or the GPU if there is one."""
-    if device is not None:
-        return torch.device(device)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from promptkd.cache.encode import ViewEncoder
 from promptkd.cache.layout import canonical
+from promptkd.cache.recipe import BATCH_ROWS
 from promptkd.data.loader import CropRecipe, ViewLoader, epoch_order, prefetch, split_batches
 from promptkd.data.sources import ImageList
 from promptkd.loss import TeacherLogits, TeacherStatistics
+from promptkd.ranks import ALONE, Ranks
 from promptkd.stages.cached import CachedTeacher, CachedViews, CheckedLoader
 from promptkd.stages.progress import Progress
 from promptkd.student import Student
@@ -44,8 +46,10 @@ class TeacherViews:
         dtype: torch.dtype,
         progress: Progress,
         within: ImageList | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._teacher, self._dtype, self._progress = teacher, dtype, progress
+        self._ranks = ranks
         self._num_images = len(images)
         ordered = canonical(within if within is not None else images)[0]
         place = {name: row for row, name in enumerate(ordered.names)}
@@ -70,38 +74,46 @@ class TeacherViews:
             return 0
         return views
 
-    def answers(self, view: int, kept: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Features (B, D) of rows of a view, which is computed on first use, and whether (B,) the
-        teacher could read them.
-        """
+    def prepare(self, view: int) -> None:
+        """Compute a view that is not there yet; all ranks together."""
         if view not in self._kept:
             self._kept[view] = self._compute(view)
+
+    def answers(self, view: int, kept: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Features (B, D) of rows of a prepared view, and whether (B,) the teacher could read them."""
         found = self._kept[view][list(kept)]
         return found, ~found[:, 0].isnan()
 
     def encode(self, pixels: Tensor) -> Tensor:
-        """Features (B, D) of uint8 pixels (B, H, W, 3)."""
+        """Features (B, D) of uint8 pixels (B, H, W, 3), perhaps none."""
         clip = self._teacher.clip
+        if len(pixels) == 0:
+            return self._teacher.class_vectors.new_zeros(0, clip.vision.output_dim)
         return self._teacher.encode_image(
             clip.preprocess.normalize(pixels.to(clip.device), self._dtype)
         )
 
     def _compute(self, view: int) -> Tensor:
-        """Features (N, D); rows of pictures that can't be read are NaN."""
+        """Features (N, D); rows of pictures that can't be read are NaN.
+
+        Each rank computes a run of the batches that a single process computes.
+        """
         width = self._teacher.class_vectors.shape[1]
-        features = torch.empty(self._num_encoded, width, dtype=self._dtype)
-        done = 0
-        for batch in self._encoder.encode(view, 0, self._num_encoded):
+        features = torch.zeros(self._num_encoded, width, dtype=self._dtype)
+        mine = self._ranks.share(-(-self._num_encoded // BATCH_ROWS))
+        done, stop = mine.start * BATCH_ROWS, min(mine.stop * BATCH_ROWS, self._num_encoded)
+        for batch in self._encoder.encode(view, done, stop):
             rows = len(batch.hashes)
             features[done : done + rows] = batch.features[:rows].cpu()
             features[[done + place for place in batch.reasons]] = torch.nan
             done += rows
+        self._ranks.add_up(features)
         return features[self._rows]
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """One step's input.
+    """One step's input: this rank's rows of it, perhaps none.
 
     Attributes:
         pixels: (B, 3, H, W), normalised.
@@ -113,7 +125,10 @@ class Batch:
 
 
 class ViewBatches:
-    """Batches of stage 2: pixels for the student and the teacher's features of the same views."""
+    """Batches of stage 2: pixels for the student and the teacher's features of the same views.
+
+    A batch's rows are divided among the ranks, in order.
+    """
 
     def __init__(
         self,
@@ -125,8 +140,10 @@ class ViewBatches:
         orient: bool,
         progress: Progress,
         within: ImageList | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
         self._images, self._student, self._config = images, student, config
+        self._ranks = ranks
         self._dtype = config.compute_dtype
         if isinstance(teacher, CachedTeacher):
             self._from_cache(teacher, orient)
@@ -141,6 +158,7 @@ class ViewBatches:
             dtype=self._dtype,
             progress=progress,
             within=within,
+            ranks=ranks,
         )
         self._views: TeacherViews | CachedViews = self._online
         per_epoch = self.steps_per_epoch
@@ -179,22 +197,25 @@ class ViewBatches:
         order = epoch_order(len(self._images), self._config.seed, epoch)
         rows = split_batches(order, self._config.batch_size)[first:]
         view = epoch % self._period if self._period else epoch
+        self._loader.failures.join(self._ranks.objects(self.failures))
+        if self._period:
+            self._views.prepare(view)
+        work = [(self._ranks.cut(r), view) for r in rows]
+        for pixels, kept in prefetch(self._loader.load, work):
+            yield self._batch(pixels, kept, view)
+
+    def _batch(self, pixels: Sequence[Tensor], kept: Sequence[int], view: int) -> Batch:
+        """Rows that were read, without those that the teacher could not read."""
         device = self._student.device
-        for pixels, kept in prefetch(self._loader.load, [(r, view) for r in rows]):
-            if len(kept) < 2:
-                continue  # BatchNorm needs two
-            mine = self._student.clip.preprocess.normalize(pixels[0].to(device), self._dtype)
-            if not self._period:
-                yield Batch(mine, self._online.encode(pixels[1]))
-                continue
-            answers, good = self._views.answers(view, kept)
-            if bool(good.all()):
-                yield Batch(mine, _move(answers, device))
-            elif int(good.sum()) >= 2:
-                answers = self._views.answers(
-                    view, [r for r, g in zip(kept, good, strict=True) if g]
-                )[0]
-                yield Batch(mine[good.to(device)], _move(answers, device))
+        mine = self._student.clip.preprocess.normalize(pixels[0].to(device), self._dtype)
+        if not self._period:
+            return Batch(mine, self._online.encode(pixels[1]))
+        answers, good = self._views.answers(view, kept)
+        if not bool(good.all()):
+            mine = mine[good.to(device)]
+            kept = [row for row, g in zip(kept, good.tolist(), strict=True) if g]
+            answers = self._views.answers(view, kept)[0]
+        return Batch(mine, _move(answers, device))
 
 
 def _move(

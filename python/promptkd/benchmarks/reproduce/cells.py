@@ -22,10 +22,10 @@ from promptkd.clip import load_clip
 from promptkd.data.sources import ImageList, PublishedNames
 from promptkd.errors import DataError, TrainingError
 from promptkd.files import write_json
+from promptkd.ranks import pick_device
 from promptkd.stages.distill import distill
 from promptkd.stages.holdout import whole_batches
 from promptkd.stages.progress import Progress
-from promptkd.stages.teach import pick_device
 from promptkd.student import Student
 from promptkd.teacher import Teacher, zero_shot_teacher
 
