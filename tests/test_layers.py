@@ -22,6 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "cache_cli",
         "calibrate_cli",
         "scale_cli",
+        "scale_tables",
         "classes_cli",
         "export_cli",
         "hub_cli",

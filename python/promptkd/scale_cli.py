@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import tyro
 
 from promptkd.errors import DataError
+from promptkd.scale_tables import plan_lines, print_diagnosis, speeds_table
 from promptkd.stages.distill import DistillConfig
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ class Bench(Work):
             return
         from rich.console import Console
 
-        Console().print(_speeds_table(found))
+        Console().print(speeds_table(found))
 
 
 @dataclass(kw_only=True)
@@ -137,7 +138,7 @@ class Doctor(Work):
         if self.json_:
             print(json.dumps(found.as_dict(), indent=1, ensure_ascii=False))
             return
-        _print_diagnosis(found)
+        print_diagnosis(found)
 
     def _labels(self, source: str | None, part: str) -> ImageList | None:
         from promptkd.data.sources import labelled, read_class_names
@@ -241,28 +242,6 @@ Commands = (
 )
 
 
-def plan_lines(scale: Any, plan: Any) -> list[str]:
-    """A plan for people."""
-    machines = "job" if scale.jobs == 1 else "jobs"
-    lines = [
-        f"{scale.images:,.0f} pictures, {scale.num_classes:,} classes, {scale.content}, "
-        f"{scale.views} views, {scale.epochs:g} epochs of batches of {scale.batch_size:,}",
-        f"pictures   {_size(plan.pictures_bytes)} on disk; their list takes "
-        f"{_size(plan.list_bytes)} of memory in every process",
-        f"cache      {_size(plan.cache_bytes)}: {plan.shards:,} shards of {_size(plan.shard_bytes)}, "
-        f"{_size(plan.view_bytes)} a view",
-        f"labelling  {plan.label_hours:,.1f} h with {scale.jobs} {machines} "
-        f"({plan.label_machine_hours:,.0f} machine hours at {_rate(scale.label_speed)} pictures/s); "
-        f"each reads {_size(plan.label_read)}/s",
-        f"training   {plan.train_hours:,.1f} h with {scale.ranks} ranks "
-        f"({plan.train_machine_hours:,.0f} machine hours at {_rate(scale.train_speed)} pictures/s), "
-        f"{plan.steps:,} steps; each reads {_size(plan.train_read)}/s",
-        f"network    {_size(plan.exchange)}/s a rank for features and gradients, "
-        f"{100 * plan.exchange_share:.2f} % of a step's time",
-    ]
-    return [*lines, *(f"warning: {text}" for text in plan.warnings)]
-
-
 def _read_measured(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
@@ -310,62 +289,3 @@ def _speeds_as_dict(found: Throughput) -> dict[str, Any]:
         for mode, parts in found.modes().items()
     }
     return {**asdict(found), "modes": modes}
-
-
-def _speeds_table(found: Throughput) -> Any:
-    from rich.table import Table
-
-    table = Table("", "part", "ms a picture", "share", title="where the time goes")
-    for mode, parts in found.modes().items():
-        whole, slowest = sum(parts.values()), found.bottleneck(mode)
-        for part, seconds in parts.items():
-            table.add_row(
-                "",
-                part,
-                f"{1e3 * seconds:.3f}",
-                f"{100 * seconds / whole:.0f} %",
-                style="bold" if part == slowest else None,
-            )
-        speed = found.speed(mode)
-        table.add_row(mode, f"bottleneck: {slowest}", f"{1e3 / speed:.3f}", f"{speed:,.1f}/s")
-        table.add_section()
-    return table
-
-
-def _print_diagnosis(found: Any) -> None:
-    machine, data, advice = found.machine, found.data, found.advice
-    for name, value in machine.items():
-        text = _size(value) if name.endswith("_bytes") else value
-        print(f"{name.removesuffix('_bytes').replace('_', ' '):16} {text}")
-    print(
-        f"{'pictures':16} {data.num_images:,}; of {data.looked_at} the mean file is "
-        f"{_size(data.picture_bytes)}, the median shorter side {data.median_side} px"
-    )
-    if advice is not None:
-        from rich.console import Console
-
-        Console().print(_speeds_table(found.speeds))
-        memory = ", ".join(f"{n}: {_size(b)}" for n, b in advice.graph_bytes.items())
-        print(f"{'student memory':16} by batch size, beside the weights: {memory}")
-        micro = f" --micro-batch {advice.micro_batch}" if advice.micro_batch else ""
-        print(f"{'advice':16} --batch-size {advice.batch_size}{micro} --views {advice.views}")
-        print(f"{'cache':16} {advice.content}, {_size(advice.cache_bytes)}")
-        hours = ", ".join(f"{mode} {value:,.2f} h" for mode, value in advice.hours.items())
-        print(f"{'time':16} {hours}")
-    for text in found.warnings:
-        print(f"warning: {text}")
-    if not found.warnings:
-        print("nothing to warn of")
-
-
-def _rate(speed: float) -> str:
-    return f"{speed:,.0f}" if speed >= 100 else f"{speed:.3g}"
-
-
-def _size(count: float) -> str:
-    """Bytes in words: "3.2 GB"."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} PB"
