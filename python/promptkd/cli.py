@@ -20,8 +20,8 @@ from promptkd.export_cli import Export
 from promptkd.hub_cli import Push, open_student
 from promptkd.ranks import name_of_process, prints
 from promptkd.reproduce_cli import Commands as PaperCommands
-from promptkd.serve_cli import Serve
 from promptkd.scale_cli import Commands as ScaleCommands
+from promptkd.serve_cli import Serve
 from promptkd.stages.distill import DistillConfig
 from promptkd.stages.teach import TeachConfig
 
