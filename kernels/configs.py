@@ -41,9 +41,9 @@ SPLIT_TILES = {
     2: {768: Tile(16, 32, 32, 8, 2), 1024: Tile(16, 32, 32, 8, 2)},
     4: {768: Tile(16, 32, 32, 8, 2)},
 }
-# One width for both: the same sums in the same order, so p = e^(z - lse) is consistent.
-STATISTICS_TILES = {2: Tile(64, 128, 32, 8, 3), 4: Tile(64, 64, 16, 8, 2)}
-DIFFERENCE_TILES = {2: Tile(64, 64, 32, 8, 3), 4: Tile(64, 64, 16, 8, 2)}
+# One tile for both kernels of the hybrid: e^(z - lse) is a probability only where z has the bits
+# that lse was made of, and how a product is summed may depend on the tile's shape.
+HYBRID_TILES = {2: Tile(64, 64, 32, 8, 3), 4: Tile(64, 64, 16, 8, 2)}
 TOP_K_TILES = {2: Tile(16, 128, 32, 8, 2), 4: Tile(16, 64, 32, 8, 2)}
 TOP_K_LARGEST = 64  # more go through plain torch, a tile of classes at a time
 

@@ -141,7 +141,7 @@ def _hybrid(
 ) -> None:  # fmt: skip
     (batch, width), num_classes = student.shape, vectors.shape[0]
     like = functools.partial(torch.empty, dtype=torch.float32, device=student.device)
-    given, tile = tile, tile or configs.STATISTICS_TILES[vectors.element_size()]
+    tile = tile or configs.HYBRID_TILES[vectors.element_size()]
     splits, tiles_per_split = configs.split_classes(batch, num_classes, tile)
     factors, state = like(2, batch), like(4, splits, batch)
     statistics_kernel[(triton.cdiv(batch, tile.rows), splits)](
@@ -149,7 +149,6 @@ def _hybrid(
         batch, num_classes, width, tiles_per_split,
         TEACHER=teacher_kind, **_options(tile, vectors),
     )  # fmt: skip
-    tile = given or configs.DIFFERENCE_TILES[vectors.element_size()]
     parts = 2 if teacher_kind == "none" and vectors.dtype != torch.float32 else 1
     chunk = configs.chunk_classes(batch, num_classes, parts * vectors.element_size(), tile)
     programs, tiles_per_program = configs.split_classes(batch, chunk, tile)

@@ -43,9 +43,9 @@ def configurations():
                 yield split.attend_kernel, dtype, tile, values
         for teacher in teachers:
             values = {"TEACHER": teacher}
-            yield hybrid.statistics_kernel, dtype, configs.STATISTICS_TILES[size], values
+            yield hybrid.statistics_kernel, dtype, configs.HYBRID_TILES[size], values
             values = {"TEACHER": teacher, "LOW_PART": teacher == "none" and size == 2}
-            yield hybrid.difference_kernel, dtype, configs.DIFFERENCE_TILES[size], values
+            yield hybrid.difference_kernel, dtype, configs.HYBRID_TILES[size], values
         for k in (8,) if dtype == "fp16" else (2, 8, configs.TOP_K_LARGEST):
             yield topk.top_k_kernel, dtype, configs.TOP_K_TILES[size], {"K": k}
     for given in (False, True):  # the ends of a row hardly depend on the dtype
