@@ -1,5 +1,6 @@
 """Both stages end to end on tiny models: results, resume, reports, and bad input."""
 
+import gc
 import json
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from promptkd.stages.distill import DistillStep, new_student
 from promptkd.stages.progress import Progress
 from promptkd.stages.teach import gpa_weights
 from promptkd.stages.views import Batch, ViewBatches
+from promptkd.towers import TextTower
 from tiny import CLASSES, Models, make_photos
 
 TEMPLATES = ("a photo of a {}.", "a {}.")
@@ -261,6 +263,24 @@ def test_a_student_worse_than_its_own_zero_shot_has_failed(
     shown = capfd.readouterr().err
     assert "FAILED: the student agrees with its teacher less" in shown
     assert "sees none of" in shown
+
+
+def test_no_text_tower_is_kept_while_the_student_trains(models: Models, photos: Path) -> None:
+    """Not the student's and not a zero-shot teacher's: on a GPU they are hundreds of megabytes."""
+
+    def towers() -> set[int]:
+        gc.collect()
+        return {id(item) for item in gc.get_objects() if issubclass(type(item), TextTower)}
+
+    before = towers()
+    kept: list[int] = []
+
+    def count(epoch: int, student: Student) -> None:
+        kept.append(len(towers() - before))
+
+    run_distill(models.teacher, models, photos, class_names=CLASSES, on_epoch=count)
+    assert kept
+    assert not any(kept)
 
 
 # --- interruption

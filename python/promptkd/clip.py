@@ -17,7 +17,7 @@ import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -131,6 +131,10 @@ class Clip:
         if self.text is not None:
             self.text.to(device)
         return self
+
+    def without_text(self) -> Clip:
+        """The same model without its text tower, whose memory is free once nobody else holds it."""
+        return replace(self, text=None)
 
     def need_text(self, purpose: str) -> TextTower:
         """The text tower, or an error that says what for."""

@@ -96,6 +96,16 @@ class Teacher(nn.Module):
         info = self.info
         return TextSide.of(self.clip, info.template, info.templates, self.text_prompts)
 
+    def without_text(self) -> Teacher:
+        """The same teacher without its text tower: its class vectors are computed already."""
+        return Teacher(
+            self.clip.without_text(),
+            self.info,
+            self.class_vectors,
+            self.vision_prompts,
+            self.text_prompts,
+        )
+
     def fingerprint(self) -> str:
         """Digest of all that the teacher's logits depend on."""
         return hash_tensors(

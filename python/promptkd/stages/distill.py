@@ -317,6 +317,9 @@ def distill(
     if resume and folder is not None and run.has("student.json"):
         return Student.load(folder, backbone=student, precision=config.precision, device=place)
     pupil = new_student(clip, guide, config, orient=orient)
+    del clip  # only the student holds its text tower now, and lets go of it when training starts
+    if isinstance(guide, Teacher):
+        guide = guide.without_text()
     _train(pupil, guide, pictures, config, run, progress, orient, on_epoch)
     if checked is not None:
         pupil.calibrate(checked)
@@ -408,6 +411,7 @@ def _train(
     holdout = Holdout(teacher, student, held, config.temperature, orient=orient, ranks=ranks)
     before = holdout.measure(student)
     zero_shot = holdout.zero_shot_agreement(config.templates)
+    student.clip = student.clip.without_text()
     batches = ViewBatches(
         images,
         student,
