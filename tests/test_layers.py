@@ -62,7 +62,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
 )
 HEAVY = {"open_clip", "matplotlib", "triton", "tensorboard", "scipy", "timm", "torchvision"}
-HEAVY |= {"onnx", "onnxruntime", "onnxscript", "gradio"}
+HEAVY |= {"onnx", "onnxruntime", "onnxscript", "gradio", "datasets", "pyarrow"}
 
 
 class Import(NamedTuple):

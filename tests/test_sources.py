@@ -97,9 +97,20 @@ def test_few_shot_is_the_papers_own() -> None:
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("list.csv", "file,label\na.png,x\n", "has no column 'path'"),
-        ("list.jsonl", '{"path": "a.png"', "no readable list"),
-        ("list.csv", "path,label\ngone.png,x\n", "is in the list but is no file"),
+        (
+            "list.csv",
+            "file,label\na.png,x\n",
+            r"list\.csv' has no column 'path' .* but file, label",
+        ),
+        ("list.jsonl", '{"path": "a.png"', r"line 1 of '.*list\.jsonl' is no JSON"),
+        (
+            "list.jsonl",
+            '{"path": "a.png", "label": "x"}\n\n["a"]',
+            "line 3 of .* is no JSON object",
+        ),
+        ("list.jsonl", '{"label": "x"}', "line 1 of .* has no path"),
+        ("list.csv", "path,label\ngone.png,x\n", r"is in the list but is no file \(line 2 of"),
+        ("list.csv", "label,path\nx,a.png\nx\n", "line 3 of .* has no path"),
         ("list.csv", "path\na.png\n", "gives no label for 'a.png'"),
         ("list.txt", "a.png\n", "gives no label"),
         ("list.csv", "path,label\n", "no labelled pictures"),

@@ -307,9 +307,9 @@ def verify_shard(path: str | os.PathLike[str]) -> list[str]:
     """
 
 def read_files(
-    paths: Sequence[str | os.PathLike[str]], *, threads: int = 0
+    sources: Sequence[_Source], *, threads: int = 0
 ) -> tuple[list[bytes], NDArray[np.uint64], list[tuple[int, str]]]:
-    """Read files whole.
+    """Read files whole, or parts of them as (path, offset, size).
 
     Returns:
         Their bytes, the first eight bytes of the BLAKE3 hash of each, little endian, and

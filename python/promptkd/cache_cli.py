@@ -57,7 +57,7 @@ class Build:
     """
 
     images: tyro.conf.Positional[str]
-    """A folder of pictures, or a file that lists them."""
+    """A folder of pictures, a file that lists them, or tar shards."""
     output: Path
     """Folder of the cache."""
     guide: tyro.conf.OmitArgPrefixes[WhichTeacher]

@@ -66,7 +66,8 @@ class Teach:
     """
 
     labelled: tyro.conf.Positional[str]
-    """A folder with one sub-folder a class, or a CSV, TSV or JSONL file of path and label."""
+    """A folder with one sub-folder a class; a CSV, TSV, JSONL or Parquet file of path and label; or
+    tar shards."""
     model: str = "ViT-L-14/openai"
     """The large CLIP: 'architecture/tag', 'hf-hub:…', 'local-dir:…' or a weights file."""
     output: Path
@@ -113,7 +114,7 @@ class Distill:
     """
 
     images: tyro.conf.Positional[str]
-    """A folder of pictures (labels aren't looked at), or a file that lists them."""
+    """A folder of pictures (labels aren't looked at), a file that lists them, or tar shards."""
     teacher: str = "ViT-L-14/openai"
     """A teacher folder made by 'promptkd teach', or a CLIP's name (zero-shot)."""
     student: str = "ViT-B-16/openai"
@@ -229,7 +230,7 @@ class Evaluate:
     student: tyro.conf.Positional[str]
     """A student folder, or 'hf://org/name'."""
     labelled: tyro.conf.Positional[str]
-    """A folder with one sub-folder a class (of a split its `test` part), or a list file."""
+    """A folder with one sub-folder a class (of a split its `test` part), a list, or tar shards."""
     split: Path | None = None
     """A split.json that names base and novel classes, when none lies beside the folder."""
     backbone: str | None = None

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from promptkd.data.pictures import Picture
 from promptkd.errors import CheckpointError, DataError, ModelError
 from promptkd.files import temporary_for
 from promptkd.student import Student
@@ -420,7 +421,7 @@ def compare(path: str | os.PathLike[str], student: Student, pictures: Any) -> Co
     )
 
 
-def _pictures(student: Student, pictures: Any) -> tuple[tuple[str, ...], Tensor | None]:
+def _pictures(student: Student, pictures: Any) -> tuple[tuple[Picture, ...], Tensor | None]:
     from promptkd.data.sources import labelled, pictures_in
 
     try:

@@ -6,7 +6,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from torch.nn import functional as F
 from promptkd.cache.build import build_cache
 from promptkd.clip import Clip
 from promptkd.data.loader import CropRecipe, ViewLoader
+from promptkd.data.pictures import size_of
 from promptkd.data.sources import ImageList
 from promptkd.loss import kd_loss
 from promptkd.stages.distill import DistillConfig, new_student
@@ -149,7 +149,7 @@ def measure(
     speeds["student"] = clock.speed("student", rows, step)
     speeds["loss"] = clock.speed("loss", batch, _loss(student, teacher, config, generator))
     speeds |= _cache_speeds(images, teacher, clock, batch)
-    sizes = [Path(p).stat().st_size for p in images.paths[:: max(1, len(images) // 1000)]]
+    sizes = [size_of(p) for p in images.paths[:: max(1, len(images) // 1000)]]
     return Throughput(
         **speeds,
         batch_size=batch,

@@ -119,7 +119,7 @@ pub enum PySource {
 }
 
 impl PySource {
-    fn borrow(&self) -> Source<'_> {
+    pub fn borrow(&self) -> Source<'_> {
         match self {
             PySource::Bytes(bytes) => Source::Bytes(bytes),
             PySource::Slice((path, offset, size)) => {
@@ -129,7 +129,7 @@ impl PySource {
         }
     }
 
-    fn name(&self, row: usize) -> String {
+    pub fn name(&self, row: usize) -> String {
         match self {
             PySource::Bytes(_) => format!("image {row} (bytes)"),
             PySource::Slice((path, offset, _)) => format!("'{}' at byte {offset}", path.display()),

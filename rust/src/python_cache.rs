@@ -9,6 +9,8 @@ use pyo3::prelude::*;
 use pyo3::types::PyBytes;
 
 use crate::cache::Reader;
+use crate::decode::Source;
+use crate::python::PySource;
 use crate::shard::{self, Entry, Shard, ShardError};
 
 type Files<'py> = (Vec<Bound<'py, PyBytes>>, Bound<'py, PyArray1<u64>>, Vec<(usize, String)>);
@@ -110,17 +112,20 @@ fn verify_shard(py: Python<'_>, path: PathBuf) -> PyResult<Vec<String>> {
     py.detach(|| Shard::open(&path).map(|s| s.damage())).map_err(|e| raise(Some(path), &e))
 }
 
-/// Read files whole, with the checksum of their bytes.
+/// Read files or parts of them, with the checksum of their bytes.
 #[pyfunction]
-#[pyo3(signature = (paths, *, threads = 0))]
-fn read_files<'py>(py: Python<'py>, paths: Vec<PathBuf>, threads: usize) -> Files<'py> {
-    let found = py.detach(|| shard::read_files(&paths, thread_count(threads)));
+#[pyo3(signature = (sources, *, threads = 0))]
+fn read_files<'py>(py: Python<'py>, sources: Vec<PySource>, threads: usize) -> Files<'py> {
+    let found = py.detach(|| {
+        let borrowed: Vec<Source> = sources.iter().map(PySource::borrow).collect();
+        shard::read_files(&borrowed, thread_count(threads))
+    });
     let mut files = Vec::with_capacity(found.len());
     let mut sums = Vec::with_capacity(found.len());
     let mut failures = Vec::new();
     for (row, content) in found.into_iter().enumerate() {
         let (bytes, sum) = content.unwrap_or_else(|error| {
-            failures.push((row, format!("'{}': {error}", paths[row].display())));
+            failures.push((row, format!("{}: {error}", sources[row].name(row))));
             (Vec::new(), 0)
         });
         files.push(PyBytes::new(py, &bytes));

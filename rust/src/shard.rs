@@ -14,11 +14,13 @@ use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write};
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use memmap2::{Advice, Mmap, UncheckedAdvice};
 use serde_json::Value;
+
+use crate::decode::{Source, read_file};
 
 /// Data bytes that one checksum covers.
 pub const BLOCK: usize = 1 << 16;
@@ -342,19 +344,23 @@ fn parse_blocks(metadata: &BTreeMap<String, String>, data_bytes: usize) -> Resul
 /// A file read whole, and the checksum of its bytes.
 pub type Content = std::result::Result<(Vec<u8>, u64), String>;
 
-/// Reads files by several threads, in the order given.
-pub fn read_files(paths: &[PathBuf], threads: usize) -> Vec<Content> {
-    let one = |path: &PathBuf| match fs::read(path) {
-        Ok(bytes) => {
-            let sum = checksum(&bytes);
-            Ok((bytes, sum))
-        }
-        Err(error) => Err(ShardError::from(error).to_string()),
+/// Reads files or parts of them by several threads, in the order given.
+pub fn read_files(sources: &[Source], threads: usize) -> Vec<Content> {
+    let one = |source: &Source| {
+        let (path, part) = match *source {
+            Source::Path(path) => (path, None),
+            Source::Slice { path, offset, size } => (path, Some((offset, size))),
+            Source::Bytes(bytes) => return Ok((bytes.to_vec(), checksum(bytes))),
+        };
+        let mut bytes = Vec::new();
+        read_file(path, part, &mut bytes).map_err(|error| error.to_string())?;
+        let sum = checksum(&bytes);
+        Ok((bytes, sum))
     };
-    let share = paths.len().div_ceil(threads.max(1)).max(1);
-    let mut found = Vec::with_capacity(paths.len());
+    let share = sources.len().div_ceil(threads.max(1)).max(1);
+    let mut found = Vec::with_capacity(sources.len());
     std::thread::scope(|scope| {
-        let parts: Vec<_> = paths
+        let parts: Vec<_> = sources
             .chunks(share)
             .map(|part| scope.spawn(move || part.iter().map(one).collect::<Vec<_>>()))
             .collect();
@@ -367,6 +373,8 @@ pub fn read_files(paths: &[PathBuf], threads: usize) -> Vec<Content> {
 
 #[cfg(test)]
 mod tests {
+    use std::path::PathBuf;
+
     use super::*;
 
     fn sample(folder: &Path, rows: usize) -> PathBuf {

@@ -15,6 +15,7 @@ from promptkd.cache.layout import WHOLE
 from promptkd.cache.recipe import BATCH_ROWS
 from promptkd.data.decode import decode_images, decode_views
 from promptkd.data.loader import CropRecipe, prefetch, squashed, target
+from promptkd.data.pictures import named, read_pictures
 from promptkd.data.sources import ImageList
 from promptkd.teacher import Teacher
 
@@ -76,7 +77,7 @@ class ViewEncoder:
 
     def _load(self, view: int, start: int, stop: int) -> Pictures:
         paths = self._images.paths[start:stop]
-        files, hashes, unreadable = _rust.read_files(paths)
+        files, hashes, unreadable = read_pictures(paths)
         preprocess = self._teacher.preprocess
         if view == WHOLE:
             pixels, failed = decode_images(
@@ -96,9 +97,4 @@ class ViewEncoder:
                 on_error="skip",
             )
         reasons = {row: named(paths[row], reason) for row, _, reason in failed}
-        return Pictures(pixels[0], hashes, {**reasons, **dict(unreadable)})
-
-
-def named(path: str, reason: str) -> str:
-    """A decoder's complaint about bytes, with the file's name in it."""
-    return f"'{path}': {reason.partition(': ')[2]}" if reason.startswith("image ") else reason
+        return Pictures(pixels[0], hashes, {**reasons, **unreadable})

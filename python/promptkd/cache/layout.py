@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from numpy.typing import NDArray
 
 from promptkd import _rust
 from promptkd.cache.recipe import BATCH_ROWS, Recipe
+from promptkd.data.pictures import size_of
 from promptkd.data.sources import ImageList
 from promptkd.errors import CheckpointError, DataError
 from promptkd.files import write_json
@@ -248,7 +248,7 @@ class Listing:
         """
         images = canonical(images)[0]
         try:
-            sizes = [os.stat(path).st_size for path in images.paths]
+            sizes = [size_of(picture) for picture in images.paths]
         except OSError as error:
             raise DataError(f"'{error.filename}' can't be read: {error.strerror}") from error
         return cls(images, np.array(sizes, dtype=np.uint64))

@@ -16,6 +16,7 @@ from promptkd.cache.layout import WHOLE, Listing, Unit
 from promptkd.cache.read import FeatureCache, is_whole
 from promptkd.cache.recipe import BATCH_ROWS
 from promptkd.cache.stored import StoredTeacher
+from promptkd.data.pictures import read_pictures
 from promptkd.data.sources import unlabelled
 from promptkd.errors import CheckpointError
 from promptkd.teacher import Teacher
@@ -86,7 +87,7 @@ def _check_pictures(cache: FeatureCache, listings: list[Listing]) -> list[str]:
     for part in listings:
         for start in range(0, len(part.images), BATCH_ROWS):
             names = part.images.names[start : start + BATCH_ROWS]
-            hashes = _rust.read_files(part.images.paths[start : start + BATCH_ROWS])[1]
+            hashes = read_pictures(part.images.paths[start : start + BATCH_ROWS])[1]
             rows = slice(first + start, first + start + len(names))
             same = np.logical_and.reduce([stored[v][rows] == hashes for v in stored])
             problems += [

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from promptkd import _rust
+from promptkd.data.pictures import Picture, Source, fetch, name_of, renamed
 from promptkd.errors import ImageError
 
-Source: TypeAlias = str | os.PathLike[str] | bytes | tuple[str, int, int] | Image.Image
 Pixels: TypeAlias = list[NDArray[np.uint8]]
 Failure: TypeAlias = tuple[int, str, str]
 Box: TypeAlias = tuple[int, int, int, int]
@@ -28,7 +28,7 @@ _PLUGINS = {"HEIC": "pillow-heif", "AVIF": "pillow-avif-plugin"}
 
 
 def decode_images(
-    sources: Sequence[Source],
+    pictures: Sequence[Picture],
     targets: Sequence[_rust.Target],
     *,
     boxes: NDArray[np.int64] | None = None,
@@ -42,8 +42,8 @@ def decode_images(
     """Decode pictures, or a box of each, into arrays of fixed size.
 
     Args:
-        sources: paths, the bytes of files, parts of files as (path, offset, size), or Pillow
-            images; B of them.
+        pictures: paths, the bytes of files, parts of files as (path, offset, size), Pillow
+            images, or rows of a dataset; B of them.
         targets: what is made of each picture.
         boxes: (B, 4) left, top, right, bottom in pixels (after the orientation if `orient`).
         flips: (B,) whether the result is mirrored.
@@ -61,6 +61,7 @@ def decode_images(
     Raises:
         ImageError: a picture can't be decoded and `on_error` is "raise".
     """
+    sources, absent = fetch(pictures)
     pixels, failures = _rust.decode(
         files_of(sources),
         targets,
@@ -73,11 +74,11 @@ def decode_images(
     )
     crop = box_crop(boxes, flips)
     failures = with_pillow(sources, targets, pixels, failures, crop, orient, max_pixels)
-    return settle(pixels, failures, on_error)
+    return settle(pixels, renamed(pictures, failures, absent), on_error)
 
 
 def decode_views(
-    sources: Sequence[Source],
+    pictures: Sequence[Picture],
     targets: Sequence[_rust.Target],
     *,
     seed: int,
@@ -95,8 +96,8 @@ def decode_views(
     """Decode a random view of each picture: a box and a flip from (seed, key, view) alone.
 
     Args:
-        sources: paths, the bytes of files, parts of files as (path, offset, size), or Pillow
-            images; B of them.
+        pictures: paths, the bytes of files, parts of files as (path, offset, size), Pillow
+            images, or rows of a dataset; B of them.
         targets: what is made of each view.
         seed: of the run.
         keys: (B,) `_rust.image_key` of each picture's path relative to its root.
@@ -116,6 +117,7 @@ def decode_views(
     Raises:
         ImageError: a picture can't be decoded and `on_error` is "raise".
     """
+    sources, absent = fetch(pictures)
     pixels, failures = _rust.decode_views(
         files_of(sources),
         targets,
@@ -132,7 +134,7 @@ def decode_views(
     )
     crop = view_crop(seed, keys, views, scale, ratio, flip)
     failures = with_pillow(sources, targets, pixels, failures, crop, orient, max_pixels)
-    return settle(pixels, failures, on_error)
+    return settle(pixels, renamed(pictures, failures, absent), on_error)
 
 
 def box_crop(boxes: NDArray[np.int64] | None, flips: NDArray[np.bool_] | None) -> Crop:
@@ -202,7 +204,7 @@ def with_pillow(
         if kind not in ("unsupported", "not_an_image") and not isinstance(source, Image.Image):
             left.append(failure)
             continue
-        name = _name(source, row)
+        name = name_of(source, row)
         try:
             image = _open(source, orient, max_pixels)
             box, flip = crop(row, (image.shape[1], image.shape[0]))
@@ -218,19 +220,6 @@ def with_pillow(
             for array, result in zip(pixels, made, strict=True):
                 array[row] = result
     return left
-
-
-def _name(source: Source, row: int) -> str:
-    """As Rust names them."""
-    match source:
-        case Image.Image():
-            return f"image {row} (a Pillow image)"
-        case bytes():
-            return f"image {row} (bytes)"
-        case (path, offset, _):
-            return f"'{path}' at byte {offset}"
-        case _:
-            return f"'{os.fspath(source)}'"
 
 
 def _open(source: Source, orient: bool, max_pixels: int) -> NDArray[np.uint8]:

@@ -5,28 +5,32 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from promptkd.data.pictures import Picture
 from promptkd.data.sources import pictures_in
 from promptkd.errors import DataError
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-ImageLike: TypeAlias = "str | os.PathLike[str] | Image | NDArray[np.uint8] | Tensor"
+ImageLike: TypeAlias = "Picture | NDArray[np.uint8] | Tensor"
 
 
 def is_many(images: Any) -> bool:
     """Whether it is several pictures: a folder, a list or a stack."""
     if isinstance(images, str | os.PathLike):
         return Path(images).is_dir()
+    if isinstance(images, bytes) or _is_slice(images):
+        return False
     return isinstance(images, Sequence) or (
         isinstance(images, Tensor | np.ndarray) and images.ndim == 4
     )
+
+
+def _is_slice(item: Any) -> bool:
+    return isinstance(item, tuple) and [type(part) for part in item] == [str, int, int]
 
 
 def as_list(images: Any) -> list[Any]:

@@ -17,13 +17,13 @@ from promptkd.data.decode import (
     Failure,
     OnError,
     Pixels,
-    Source,
     box_crop,
     files_of,
     settle,
     view_crop,
     with_pillow,
 )
+from promptkd.data.pictures import Source
 from promptkd.errors import DataError
 
 _MIN_SEEN = 100

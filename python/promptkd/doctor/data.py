@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 
 from promptkd import _rust
-from promptkd.data.decode import decode_images
+from promptkd.data.decode import decode_images, files_of
+from promptkd.data.pictures import fetch, read_pictures, renamed, size_of
 from promptkd.data.sources import ImageList
 
 _TINY = 0.5
@@ -81,11 +84,11 @@ def look_at_data(
         sample: how many to decode, evenly spread.
     """
     some = images.select(range(0, len(images), -(-len(images) // sample)))
-    sizes, unread = _rust.image_sizes(some.paths)
+    sizes, unread = _sizes(some)
     sides = sizes.min(axis=1)
     known = {row for row, _, _ in unread}
     corrupt = {row: reason for row, _, reason in unread} | _undecodable(some, known)
-    files = [os.stat(p).st_size for p in some.paths]
+    files = [size_of(p) for p in some.paths]
     good = [row for row in range(len(some)) if row not in known]
     return DataReport(
         num_images=len(images),
@@ -97,6 +100,17 @@ def look_at_data(
         empty_classes=_empty_classes(labelled),
         in_train_and_test=() if test is None else _same_bytes(images, test),
     )
+
+
+def _sizes(images: ImageList) -> tuple[NDArray[np.int64], list[tuple[int, str, str]]]:
+    """(N, 2) width and height, and those that can't be read."""
+    sources, absent = fetch(images.paths)
+    sizes, failed = _rust.image_sizes(files_of(sources))
+    for row, source in enumerate(sources):
+        if isinstance(source, Image.Image):
+            sizes[row] = source.size
+    unread = [f for f in failed if not isinstance(sources[f[0]], Image.Image)]
+    return sizes, renamed(images.paths, unread, absent)
 
 
 def _undecodable(images: ImageList, known: set[int]) -> dict[int, str]:
@@ -123,11 +137,12 @@ def _same_bytes(train: ImageList, test: ImageList) -> tuple[tuple[str, str], ...
     """Pictures of the same bytes; only files of equal size are read."""
     by_size: dict[int, list[int]] = defaultdict(list)
     for row, path in enumerate(train.paths):
-        by_size[os.stat(path).st_size].append(row)
+        by_size[size_of(path)].append(row)
+    by_size.pop(0, None)  # rows of a dataset, whose sizes aren't known
     pairs = [
         (row, theirs)
         for theirs, path in enumerate(test.paths)
-        for row in by_size.get(os.stat(path).st_size, ())
+        for row in by_size.get(size_of(path), ())
     ]
     mine = _hashes(train, sorted({a for a, _ in pairs}))
     other = _hashes(test, sorted({b for _, b in pairs}))
@@ -139,6 +154,6 @@ def _hashes(images: ImageList, rows: Sequence[int]) -> dict[int, int]:
     for start in range(0, len(rows), 64):
         part = rows[start : start + 64]
         found |= dict(
-            zip(part, _rust.read_files([images.paths[r] for r in part])[1].tolist(), strict=True)
+            zip(part, read_pictures([images.paths[r] for r in part])[1].tolist(), strict=True)
         )
     return found

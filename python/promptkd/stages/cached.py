@@ -14,9 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from promptkd import _rust
 from promptkd.cache.build import build_cache, exists, fill, renewed
-from promptkd.cache.encode import named
 from promptkd.cache.layout import WHOLE, Listing
 from promptkd.cache.read import FeatureCache
 from promptkd.cache.stored import StoredTeacher, digest_of_files, digest_of_prompts
@@ -24,6 +22,7 @@ from promptkd.class_vectors import TextSide
 from promptkd.clip import Preprocess
 from promptkd.data.decode import decode_views
 from promptkd.data.loader import CropRecipe, ViewLoader, squashed
+from promptkd.data.pictures import name_of, named, read_pictures
 from promptkd.data.sources import ImageList
 from promptkd.errors import CheckpointError, DataError
 from promptkd.files import TEACHER, read_folder
@@ -249,8 +248,7 @@ class CheckedLoader(ViewLoader):
         """As `ViewLoader.load`, for one tower."""
         good = [r for r in rows if r not in self.failures.reasons]
         paths = [self.images.paths[r] for r in good]
-        files, hashes, unreadable = _rust.read_files(paths)
-        reasons = dict(unreadable)
+        files, hashes, reasons = read_pictures(paths)
         self._compare(good, view, hashes, reasons)
         pixels, failed = decode_views(
             files,
@@ -281,6 +279,6 @@ class CheckedLoader(ViewLoader):
         changed = [int(p) for p in np.flatnonzero(stored != hashes) if int(p) not in unreadable]
         if changed:
             raise DataError(
-                f"picture '{self.images.paths[rows[changed[0]]]}' has changed since cache "
+                f"picture {name_of(self.images.paths[rows[changed[0]]])} has changed since cache "
                 f"'{self._views.cache.path}' was built; build a cache in another folder"
             )

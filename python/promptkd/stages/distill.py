@@ -232,7 +232,8 @@ def distill(
     them, and the first one alone prints and writes.
 
     Args:
-        images: a folder (with a split.json its `train` part), a list file, or a list of paths.
+        images: in any form of `promptkd.data.sources.unlabelled`: a folder (with a split.json its
+            `train` part), a list file, a list of paths, tar shards, a dataset.
         class_names: what to tell apart; not together with a teacher that brings its own.
         teacher: a model name (zero-shot: template ensemble), a teacher folder, or a `Teacher`.
         student: the small CLIP, in any form that `promptkd.clip.load_clip` takes.

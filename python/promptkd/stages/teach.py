@@ -281,9 +281,10 @@ def teach(
     among them, and the first one alone prints and writes.
 
     Args:
-        labelled_images: a folder with one sub-folder a class, a CSV/TSV/JSONL of (path, label), a
-            list of (path, class name) pairs; with a split.json its `train` part, of the base
-            classes where it names them. None for `method="zero-shot"`.
+        labelled_images: in any form of `promptkd.data.sources.labelled`: a folder with one
+            sub-folder a class, a list file, (path, class name) pairs, tar shards, a dataset; with
+            a split.json its `train` part, of the base classes where it names them. None for
+            `method="zero-shot"`.
         class_names: all C names that the teacher is to know; the losses run over those that have
             labels. Default: the names found.
         model: the CLIP, in any form that `promptkd.clip.load_clip` takes.
