@@ -90,7 +90,8 @@ docs: setup $(STAMPS)/docs
 # Run every benchmark; each prints a table and writes benches/results/<bench>.json.
 .PHONY: bench
 bench: setup
-	for bench in $(wildcard benches/bench_*.py benches/summary.py); do $(BIN)/python $$bench || exit 1; done
+	$(BIN)/pytest benches
+	$(BIN)/python benches/summary.py
 
 # Build the release wheel (Linux: glibc 2.28 and newer, through zig) and the sdist into dist/.
 .PHONY: wheel

@@ -39,7 +39,6 @@ def tuned_teacher(seed: int, names: list[str], work: Path) -> Teacher:
     )
 
 
-@torch.no_grad()
 def run(
     seed: int, changes: dict[str, Any], val: ImageList, split: Split, work: Path
 ) -> dict[str, Any]:
@@ -49,18 +48,18 @@ def run(
     config = promptkd.DistillConfig(seed=seed, **changes)
     teacher = tuned_teacher(seed, list(val.class_names), work)
     begun = time.monotonic()
-    with torch.enable_grad():
-        student = promptkd.distill(
-            DATA / "images",
-            teacher=teacher,
-            student=f"local-dir:{DATA / 'student'}",
-            cache=work / f"views-{seed}-{config.crop_scale}-{config.views}",
-            config=config,
-            progress=Progress(quiet=True),
-        )
+    student = promptkd.distill(
+        DATA / "images",
+        teacher=teacher,
+        student=f"local-dir:{DATA / 'student'}",
+        cache=work / f"views-{seed}-{config.crop_scale}-{config.views}",
+        config=config,
+        progress=Progress(quiet=True),
+    )
     target, _ = teacher_log_probs(teacher, val, 1.0, orient=True)
     pixels = whole_batches(val, student.clip.preprocess, student, True)
-    mine = torch.cat([student(p) for p, _ in pixels]).log_softmax(dim=-1)
+    with torch.no_grad():
+        mine = torch.cat([student(p) for p, _ in pixels]).log_softmax(dim=-1)
     found = score(mine, torch.from_numpy(val.labels), val.class_names, split.base, split.novel)
     after = student.info.summary["after"]
     return {
