@@ -24,7 +24,7 @@ from promptkd.prompts import DeepPrompts
 from promptkd.stages.encoder import Encoder, graph_bytes
 from promptkd.stages.run import TrainConfig
 from promptkd.stages.teach import PromptSRC, TeachConfig
-from promptkd.towers import TextTower
+from promptkd.text_tower import TextTower
 
 STAGE_1_GB = 3.0
 """What stage 1's activations may take: 1000 classes, batch 4, half precision."""

@@ -177,9 +177,7 @@ def test_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
         load_clip("ViT-B-16/openai")
 
 
-def test_towers_without_prompts_are_refused_by_name() -> None:
-    with pytest.raises(ModelError, match="ModifiedResNet takes no deep prompts"):
-        load_clip(open_clip.create_model("RN50"))
+def test_other_objects_are_refused() -> None:
     with pytest.raises(ModelError, match="not Linear"):
         load_clip(torch.nn.Linear(1, 1))
 
@@ -189,7 +187,10 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
     config = json.loads((folder / "open_clip_config.json").read_text())
     config["model_cfg"]["vision_cfg"]["layers"] = 5
     (folder / "open_clip_config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="don't fit its architecture"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"architecture: 24 missing \(visual.*\.3\.",
+    ):
         load_clip(folder)
 
 

@@ -23,7 +23,7 @@ from promptkd.stages.distill import DistillStep, new_student
 from promptkd.stages.progress import Progress
 from promptkd.stages.teach import gpa_weights
 from promptkd.stages.views import Batch, ViewBatches
-from promptkd.towers import TextTower
+from promptkd.text_tower import TextTower
 from tiny import CLASSES, Models, make_photos
 
 TEMPLATES = ("a photo of a {}.", "a {}.")

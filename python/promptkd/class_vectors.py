@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from promptkd.clip import Clip, hash_tensors, load_clip
 from promptkd.errors import CheckpointError, ModelError
 from promptkd.prompts import DeepPrompts, PromptedNames, plain_name, stacked_prompts
-from promptkd.towers import cut_tokens
 
 _TEXT_CHUNK = 256
 _TENSORS = "text_prompts"
@@ -33,10 +32,10 @@ def prompted_class_vectors(
     clip: Clip, class_names: Sequence[str], template: str, prompts: DeepPrompts
 ) -> Tensor:
     """Class vectors (C, D), unit rows, of names behind learned text prompts."""
-    tower = clip.need_text("compute class vectors")
+    tower = clip.need_prompted_text("compute class vectors behind text prompts")
     names = PromptedNames(class_names, template, prompts.num_prompts, clip.tokenize)
     chunks = names.tokens.split(_TEXT_CHUNK)
-    return torch.cat([unit(tower(cut_tokens(c).to(clip.device), prompts())) for c in chunks])
+    return torch.cat([unit(tower(tower.cut(c).to(clip.device), prompts())) for c in chunks])
 
 
 @torch.no_grad()
@@ -47,7 +46,7 @@ def ensemble_features(clip: Clip, class_names: Sequence[str], templates: Sequenc
     for template in templates:
         tokens = clip.tokenize([template.format(plain_name(n)) for n in class_names])
         chunks = tokens.split(_TEXT_CHUNK)
-        raw = torch.cat([tower(cut_tokens(c).to(clip.device)) for c in chunks])
+        raw = torch.cat([tower(tower.cut(c).to(clip.device)) for c in chunks])
         raw = raw if raw.dtype == torch.float64 else raw.float()
         total = raw if total is None else total + raw
     if total is None:

@@ -18,6 +18,7 @@ from promptkd.classes_cli import Classes
 from promptkd.errors import PromptKDError
 from promptkd.export_cli import Export
 from promptkd.hub_cli import Push, open_student
+from promptkd.models_cli import Models
 from promptkd.ranks import name_of_process, prints
 from promptkd.reproduce_cli import Commands as PaperCommands
 from promptkd.scale_cli import Commands as ScaleCommands
@@ -259,6 +260,7 @@ Command = (
     | Annotated[Calibrate, tyro.conf.subcommand("calibrate")]
     | Annotated[Classes, tyro.conf.subcommand("classes")]
     | Annotated[Export, tyro.conf.subcommand("export")]
+    | Annotated[Models, tyro.conf.subcommand("models")]
     | Annotated[Push, tyro.conf.subcommand("push")]
     | Annotated[Serve, tyro.conf.subcommand("serve")]
     | PaperCommands

@@ -1,4 +1,4 @@
-"""Loading CLIP models; this module and `towers` are the only ones that know open_clip.
+"""Loading CLIP models: names, files, objects.
 
 `load_clip` turns a model name, a weights file or an open_clip model into a `Clip`: a private,
 frozen copy of the image tower, optionally the text tower, and everything that belongs to the
@@ -7,25 +7,21 @@ weights (activation, preprocessing, tokenizer, logit scale, fingerprints).
 
 from __future__ import annotations
 
-import copy
-import difflib
 import hashlib
-import json
-import logging
-import math
-import warnings
-import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
-from promptkd.errors import CheckpointError, ModelError
-from promptkd.towers import TextTower, VisionTower, check_text, check_vision
+from promptkd.errors import ModelError
+from promptkd.loading import Loaded, from_object, load_error, open_clip_package, quiet, resolve
+from promptkd.prompts import Tokenize, context_start
+from promptkd.text_tower import TextTower
+from promptkd.towers import CAN_TAKE_PROMPTS, VisionTower
 
 PRECISIONS = {
     "fp64": torch.float64,
@@ -118,12 +114,12 @@ class Clip:
     text_hash: str
     model_cfg: dict[str, Any] = field(repr=False)
     """open_clip's model configuration, enough to build the architecture again."""
-    tokenize: Callable[[Sequence[str]], Tensor] = field(repr=False)
+    tokenize: Tokenize = field(repr=False)
 
     @property
     def device(self) -> torch.device:
         """Where the towers live."""
-        return next(self.vision.buffers()).device
+        return next(chain(self.vision.parameters(), self.vision.buffers())).device
 
     def to(self, device: torch.device | str) -> Clip:
         """Move the towers, in place."""
@@ -142,13 +138,32 @@ class Clip:
             raise ModelError(f"{self.name} was loaded without its text tower, needed to {purpose}")
         return self.text
 
+    def need_prompted_text(self, purpose: str) -> TextTower:
+        """The text tower, if it takes prompts, or an error that says what for."""
+        tower = self.need_text(purpose)
+        if tower.refusal:
+            raise ModelError(
+                f"'{self.name}' can't {purpose}: {tower.refusal}, so that it takes no prompts; "
+                "it can be a zero-shot teacher"
+            )
+        return tower
+
+    def need_prompts(self, role: str) -> None:
+        """Raise a `ModelError` where the image tower takes no deep prompts."""
+        if self.vision.refusal:
+            raise ModelError(
+                f"'{self.name}' can't be {role}: {self.vision.refusal}, so that it takes no deep "
+                f"prompts, but it can be a zero-shot teacher; these take prompts: "
+                f"{CAN_TAKE_PROMPTS} ('promptkd models' lists them all)"
+            )
+
 
 def load_clip(
     model: str | Path | nn.Module,
     *,
     precision: str = "fp32",
     device: torch.device | str = "cpu",
-    text: bool = True,
+    text: bool | Literal["optional"] = True,
 ) -> Clip:
     """Load a CLIP model by name, from a file, or from an open_clip model object.
 
@@ -158,48 +173,59 @@ def load_clip(
             OpenAI .pt, a safetensors or an open_clip checkpoint, or an open_clip model.
         precision: "fp32", "bf16", "fp16" (how frozen weights are stored) or "fp64".
         device: where the towers go.
-        text: also keep the text tower.
+        text: also keep the text tower; "optional": if its tokenizer is to be had.
 
     Raises:
-        ModelError: unknown architecture or tag (near names are suggested), weights that are not
-            cached and can't be downloaded, or an architecture that takes no prompts.
-        CheckpointError: a weights file that does not fit the architecture.
+        ModelError: unknown architecture or tag (near names are suggested), weights or a tokenizer
+            that are not cached and can't be downloaded, a package that is missing.
+        CheckpointError: weights that are damaged or don't fit the architecture.
     """
     if precision not in PRECISIONS:
         raise ModelError(f"unknown precision '{precision}'; choose from {', '.join(PRECISIONS)}")
-    loaded = _from_object(model) if isinstance(model, nn.Module) else _resolve(str(model))
+    loaded = from_object(model) if isinstance(model, nn.Module) else resolve(str(model))
     return _freeze_clip(loaded, PRECISIONS[precision], device, text)
 
 
-@dataclass(slots=True)
-class _Loaded:
-    """What the loaders below hand on: an open_clip model and its configuration."""
-
-    name: str
-    model: Any
-    model_cfg: dict[str, Any]
-    tokenizer: Callable[[Sequence[str]], Tensor] | None = None
-
-
 def _freeze_clip(
-    loaded: _Loaded, dtype: torch.dtype, device: torch.device | str, text: bool
+    loaded: Loaded,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    text: bool | Literal["optional"],
 ) -> Clip:
     model = loaded.model
-    check_vision(model.visual)
     activation = str(bool(loaded.model_cfg.get("quick_gelu", False)))
     image_hash = hash_tensors(model.visual.state_dict(), extra=f"quick_gelu={activation}")
     text_state = {k: v for k, v in model.state_dict().items() if not k.startswith("visual.")}
+    tokenize = _tokenizer(loaded, text) if text else None
     return Clip(
         name=loaded.name,
         vision=VisionTower(model.visual, dtype).to(device),
-        text=TextTower(model, dtype).to(device) if text else None,
+        text=None
+        if tokenize is None
+        else TextTower(model, dtype, context_start(tokenize)).to(device),
         preprocess=_preprocess(model),
-        logit_scale=float(model.logit_scale.detach().double().exp()),
+        logit_scale=float(model.logit_scale.detach().double().exp().reshape(())),
         image_hash=image_hash,
         text_hash=hash_tensors(text_state, extra=f"quick_gelu={activation}"),
         model_cfg=loaded.model_cfg,
-        tokenize=loaded.tokenizer or _default_tokenizer(model),
+        tokenize=tokenize or _no_text,
     )
+
+
+def _tokenizer(loaded: Loaded, text: bool | Literal["optional"]) -> Tokenize | None:
+    try:
+        with quiet():
+            return loaded.tokenizer()
+    except Exception as error:
+        if text == "optional":
+            return None
+        message = " ".join(str(error).split())[:160]
+        way_out = "connect to the network once, so that it can be downloaded"
+        if isinstance(error, ImportError):
+            way_out = "it needs the package transformers: pip install 'promptkd[text]'"
+        raise ModelError(
+            f"the tokenizer of '{loaded.name}' is not to be had: {way_out} ({message})"
+        ) from error
 
 
 def hash_tensors(tensors: Mapping[str, Tensor], extra: str = "") -> str:
@@ -213,281 +239,12 @@ def hash_tensors(tensors: Mapping[str, Tensor], extra: str = "") -> str:
 
 
 def _preprocess(model: Any) -> Preprocess:
-    open_clip = _open_clip()
+    open_clip = open_clip_package()
     cfg = dict(open_clip.get_model_preprocess_cfg(model))
     cfg["size"] = getattr(model.visual, "image_size", cfg.get("size", 224))
     for key in ("mean", "std"):
         cfg[key] = cfg.get(key) or getattr(open_clip, f"OPENAI_DATASET_{key.upper()}")
     return Preprocess.from_open_clip(cfg)
-
-
-def _default_tokenizer(model: Any) -> Callable[[Sequence[str]], Tensor]:
-    length = int(getattr(getattr(model, "text", model), "context_length", 77))
-    tokenizer: Callable[[Sequence[str]], Tensor] = _open_clip().SimpleTokenizer(
-        context_length=length
-    )
-    return tokenizer
-
-
-def _open_clip() -> Any:
-    """Import open_clip on first use: it takes seconds, and a loaded student may not need it."""
-    import open_clip
-
-    return open_clip
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence open_clip's log lines: what they warn of is decided here and tested."""
-    logger = logging.getLogger()
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-def _resolve(name: str) -> _Loaded:
-    """Find out which form of name it is and load it."""
-    if name.startswith(("hf-hub:", "local-dir:")):
-        return _from_schema(name)
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return _from_schema(f"local-dir:{path}")
-    if path.is_file():
-        return _from_file(path)
-    architecture, _, tag = name.partition("/")
-    if not tag:
-        _unknown_architecture(architecture)
-        raise ModelError(
-            f"'{name}' names no weights; write 'architecture/tag', for example "
-            f"'{name}/{_open_clip().list_pretrained_tags_by_model(name)[0]}'"
-            if _open_clip().list_pretrained_tags_by_model(name)
-            else f"'{name}' names no weights; write 'architecture/path to weights'"
-        )
-    _unknown_architecture(architecture)
-    weights = Path(tag).expanduser()
-    if weights.is_file():
-        return _from_file(weights, architecture)
-    return _from_tag(architecture, tag)
-
-
-def _unknown_architecture(architecture: str) -> None:
-    known = _open_clip().list_models()
-    if architecture not in known:
-        near = difflib.get_close_matches(architecture, known, n=3, cutoff=0.4)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise ModelError(f"'{architecture}' is no file, folder or architecture of open_clip{hint}")
-
-
-def _from_tag(architecture: str, tag: str) -> _Loaded:
-    open_clip = _open_clip()
-    cfg = open_clip.get_pretrained_cfg(architecture, tag)
-    if not cfg:
-        tags = open_clip.list_pretrained_tags_by_model(architecture)
-        near = difflib.get_close_matches(tag, tags, n=3, cutoff=0.3) or tags[:8]
-        raise ModelError(
-            f"'{architecture}' has no pretrained tag '{tag}' and no such file exists; "
-            f"known tags: {', '.join(near) or 'none'}"
-        )
-    # The activation belongs to the weights. open_clip only warns where they disagree.
-    quick_gelu = bool(cfg.get("quick_gelu", False))
-    model_cfg = {**open_clip.get_model_config(architecture), "quick_gelu": quick_gelu}
-    try:
-        with _quiet():
-            model = open_clip.create_model(
-                architecture, pretrained=tag, quick_gelu=quick_gelu, require_pretrained=True
-            )
-            tokenizer = open_clip.get_tokenizer(architecture)
-    except Exception as error:
-        raise _load_error(f"{architecture}/{tag}", error) from error
-    return _Loaded(f"{architecture}/{tag}", model, model_cfg, tokenizer)
-
-
-def _from_schema(name: str) -> _Loaded:
-    open_clip = _open_clip()
-    try:
-        with _quiet():
-            model = open_clip.create_model(name, require_pretrained=True)
-            tokenizer = open_clip.get_tokenizer(name)
-            model_cfg = _schema_config(name)
-    except Exception as error:
-        raise _load_error(name, error) from error
-    return _Loaded(name, model, model_cfg, tokenizer)
-
-
-def _schema_config(name: str) -> dict[str, Any]:
-    schema, _, place = name.partition(":")
-    if schema == "local-dir":
-        text = (Path(place) / "open_clip_config.json").read_text(encoding="utf-8")
-    else:
-        from huggingface_hub import hf_hub_download
-
-        text = Path(hf_hub_download(place, "open_clip_config.json")).read_text(encoding="utf-8")
-    cfg: dict[str, Any] = json.loads(text)["model_cfg"]
-    return cfg
-
-
-def _load_error(name: str, error: Exception) -> ModelError | CheckpointError:
-    message = " ".join(str(error).split())
-    if "Missing key" in message or "size mismatch" in message or "Unexpected key" in message:
-        return CheckpointError(
-            f"the weights of '{name}' don't fit its architecture: {message[:300]}"
-        )
-    if "ownload" in message or "onnect" in message or "offline" in message.lower():
-        return ModelError(
-            f"the weights of '{name}' are not in the local cache and can't be downloaded; connect "
-            f"to the network once, or name a file or 'local-dir:FOLDER' instead ({message[:160]})"
-        )
-    return ModelError(f"'{name}' can't be loaded: {message[:300]}")
-
-
-def _from_object(model: Any) -> _Loaded:
-    if not hasattr(model, "visual") or not hasattr(model, "logit_scale"):
-        raise ModelError(
-            f"a model object must be an open_clip CLIP model, not {type(model).__name__}; "
-            "make one with open_clip.create_model(...)"
-        )
-    check_vision(model.visual)
-    text = getattr(model, "text", model)
-    check_text(text)
-    return _Loaded(f"object:{type(model).__name__}", model, _config_of(model))
-
-
-def _config_of(model: Any) -> dict[str, Any]:
-    """The configuration of an open_clip ViT, read off the module."""
-    visual, text = model.visual, getattr(model, "text", model)
-    block, text_block = visual.transformer.resblocks[0], text.transformer.resblocks[0]
-    vision_cfg = {
-        "image_size": list(visual.image_size),
-        "layers": len(visual.transformer.resblocks),
-        "width": visual.conv1.out_channels,
-        "head_width": visual.conv1.out_channels // block.attn.num_heads,
-        "mlp_ratio": block.mlp.c_fc.out_features / visual.conv1.out_channels,
-        "patch_size": list(visual.patch_size),
-        "pool_type": visual.pool_type,
-        "final_ln_after_pool": visual.final_ln_after_pool,
-        "no_ln_pre": isinstance(visual.ln_pre, nn.Identity),
-    }
-    text_cfg = {
-        "context_length": text.context_length,
-        "vocab_size": text.token_embedding.num_embeddings,
-        "width": text.token_embedding.embedding_dim,
-        "heads": text_block.attn.num_heads,
-        "layers": len(text.transformer.resblocks),
-    }
-    return {
-        "embed_dim": visual.output_dim,
-        "vision_cfg": vision_cfg,
-        "text_cfg": text_cfg,
-        "quick_gelu": type(block.mlp.gelu).__name__ == "QuickGELU",
-    }
-
-
-def _from_file(path: Path, architecture: str | None = None) -> _Loaded:
-    """Weights in a file: OpenAI's layout, or open_clip's with its architecture or config."""
-    config = path.parent / "open_clip_config.json"
-    if architecture is None and path.suffix == ".safetensors" and config.is_file():
-        return _from_schema(f"local-dir:{path.parent}")
-    state, trained_here = _read_weights(path)
-    open_clip = _open_clip()
-    if architecture is None:
-        if trained_here:
-            raise ModelError(
-                f"'{path}' is a training checkpoint that doesn't say its architecture; "
-                f"write 'architecture/{path}'"
-            )
-        model_cfg = _openai_config(state, path)
-    else:
-        model_cfg = {**open_clip.get_model_config(architecture)}
-        if path.suffix != ".safetensors" and not trained_here:
-            model_cfg["quick_gelu"] = True  # a bare .pt is in OpenAI's layout
-    model_cfg.pop("custom_text", None)
-    model = open_clip.CLIP(**copy.deepcopy(model_cfg))
-    try:
-        model.load_state_dict(state, strict=True)
-    except RuntimeError as error:
-        raise _load_error(str(path), error) from error
-    name = str(path) if architecture is None else f"{architecture}/{path}"
-    return _Loaded(name, model, model_cfg)
-
-
-def _read_weights(path: Path) -> tuple[dict[str, Tensor], bool]:
-    """State dict of a weights file in float32, and whether a training checkpoint held it."""
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            content: Any = load_file(path)
-        elif _is_torchscript(path):
-            with _quiet():
-                content = torch.jit.load(str(path), map_location="cpu").state_dict()
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise CheckpointError(
-            f"'{path}' is no readable weights file (safetensors, TorchScript or state dict): "
-            f"{' '.join(str(error).split())[:200]}"
-        ) from error
-    wrapped = isinstance(content, dict) and isinstance(content.get("state_dict"), dict)
-    state = content["state_dict"] if wrapped else content
-    if (
-        not isinstance(state, dict)
-        or not state
-        or not all(isinstance(v, Tensor | int) for v in state.values())
-    ):
-        raise CheckpointError(f"'{path}' holds no state dict of tensors")
-    state = {k.removeprefix("module."): v for k, v in state.items()}
-    for key in ("input_resolution", "context_length", "vocab_size"):
-        state.pop(key, None)
-    return {k: v.float() if v.is_floating_point() else v for k, v in state.items()}, wrapped
-
-
-def _is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(name.endswith("/constants.pkl") for name in archive.namelist())
-
-
-def _openai_config(state: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
-    """The architecture that OpenAI's layout implies: read off the shapes, QuickGELU."""
-    try:
-        conv, position = state["visual.conv1.weight"], state["visual.positional_embedding"]
-        width, text_width = conv.shape[0], state["ln_final.weight"].shape[0]
-        layers = _count_layers(state, "visual.transformer.resblocks.")
-        text_layers = _count_layers(state, "transformer.resblocks.")
-        grid = math.isqrt(position.shape[0] - 1)
-        return {
-            "embed_dim": state["text_projection"].shape[1],
-            "vision_cfg": {
-                "image_size": grid * conv.shape[-1],
-                "layers": layers,
-                "width": width,
-                "head_width": 64,
-                "patch_size": conv.shape[-1],
-            },
-            "text_cfg": {
-                "context_length": state["positional_embedding"].shape[0],
-                "vocab_size": state["token_embedding.weight"].shape[0],
-                "width": text_width,
-                "heads": max(text_width // 64, 1),
-                "layers": text_layers,
-            },
-            "quick_gelu": True,
-        }
-    except KeyError as error:
-        raise CheckpointError(
-            f"'{path}' is not in the layout of a CLIP ViT (no {error}); "
-            "name the architecture: 'architecture/path'"
-        ) from error
-
-
-def _count_layers(state: Mapping[str, Tensor], prefix: str) -> int:
-    return len({k[len(prefix) :].split(".")[0] for k in state if k.startswith(prefix)})
 
 
 def load_embedded(
@@ -507,14 +264,17 @@ def load_embedded(
     cfg = data["model_cfg"]
     visual = _build_vision_tower(
         int(cfg["embed_dim"]),
-        CLIPVisionCfg(**{k: _tuple(v) for k, v in cfg["vision_cfg"].items()}),
+        CLIPVisionCfg(
+            **{k: _tuple(v) for k, v in cfg["vision_cfg"].items()}
+            | {"timm_model_pretrained": False}
+        ),
         bool(cfg.get("quick_gelu", False)),
     )
     vision = VisionTower(visual)
     try:
         vision.load_state_dict({k: v.float() for k, v in state.items()}, strict=True)
     except RuntimeError as error:
-        raise _load_error(str(data["backbone"]), error) from error
+        raise load_error(str(data["backbone"]), error) from error
     return Clip(
         name=data["backbone"],
         vision=vision.cast(PRECISIONS[precision]).to(device),

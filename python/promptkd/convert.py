@@ -87,7 +87,8 @@ def official_teacher(
     """
     _check_kind(checkpoint, "teacher")
     names = check_class_names(class_names)
-    tower = clip.need_text("compute class vectors")
+    clip.need_prompts("a tuned teacher")
+    tower = clip.need_prompted_text("compute class vectors behind text prompts")
     vision = _fitting(
         checkpoint.vision_prompts, "vision", clip.vision.width, clip.vision.num_layers
     )
@@ -109,6 +110,7 @@ def official_student(checkpoint: OfficialCheckpoint, clip: Clip, teacher: Teache
         CheckpointError: not a student, or parts that don't fit the CLIP or the teacher.
     """
     _check_kind(checkpoint, "student")
+    clip.need_prompts("a student")
     vision = _fitting(
         checkpoint.vision_prompts, "vision", clip.vision.width, clip.vision.num_layers
     )

@@ -7,11 +7,7 @@ where they pay (`packs`) and where they exist; `F.linear` does the rest.
 
 from __future__ import annotations
 
-import copy
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
-
-from promptkd.errors import ModelError
 
 QUICK_GELU_SLOPE = 1.702
 _MIN_ROWS = 16  # a product of fewer rows gains nothing from packed weights, which take memory
@@ -178,74 +171,15 @@ class FrozenPatches(FrozenLinear):
         """Pictures (B, 3, H, W) → patches (B, L, width), row by row."""
         batch, channels, height, width = x.shape
         high, wide = self.weight.shape[2:]
-        grid = x.reshape(batch, channels, height // high, high, width // wide, wide)
-        rows = grid.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * high * wide)
-        return super().forward(rows, start, stop)
+        rows, columns = height // high, width // wide
+        if rows * high < height or columns * wide < width:
+            x = x[:, :, : rows * high, : columns * wide]  # as a convolution leaves out the rest
+        grid = x.reshape(batch, channels, rows, high, columns, wide)
+        flat = grid.permute(0, 2, 4, 1, 3, 5).reshape(batch, -1, channels * high * wide)
+        return super().forward(flat, start, stop)
 
     def _matrix(self) -> Tensor:
         return self.weight.flatten(1)
-
-
-class FrozenAttention(nn.Module):
-    """Self-attention with the weights of an `nn.MultiheadAttention`.
-
-    One product for queries, keys and values on contiguous rows and a fused attention, where
-    the library's module takes a detour over transposed views.
-    """
-
-    def __init__(self, source: nn.MultiheadAttention) -> None:
-        super().__init__()
-        if source.in_proj_weight is None or source.bias_k is not None or not source.batch_first:
-            raise ModelError("this attention layer has separate or extra projections: unsupported")
-        self.num_heads = source.num_heads
-        self.in_proj = FrozenLinear(source.in_proj_weight, source.in_proj_bias)
-        self.out_proj = FrozenLinear(source.out_proj.weight, source.out_proj.bias)
-
-    def forward(
-        self,
-        x: Tensor,
-        *,
-        extra: Tensor | None = None,
-        pick: Callable[[Tensor], Tensor] | None = None,
-        mask: Tensor | None = None,
-    ) -> Tensor:
-        """Self-attention over x (B, L, W).
-
-        Args:
-            x: the tokens.
-            extra: (P, W) tokens, the same for every row, that are looked at but don't look:
-                keys and values only.
-            pick: (B, L, W) → (B, Q, W), the tokens that look; default: all.
-            mask: added to the scores, of a shape that broadcasts to (B, heads, Q, L + P).
-        """
-        width = x.shape[-1]
-        if pick is None:
-            query, both = self.in_proj(x).split([width, 2 * width], dim=-1)
-        else:
-            query, both = self.in_proj(pick(x), 0, width), self.in_proj(x, width)
-        if extra is not None:
-            others = self.in_proj(extra, width).expand(x.shape[0], -1, -1)
-            both = torch.cat([both, others], dim=1)
-        key, value = both.split(width, dim=-1)
-        heads = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (query, key, value))
-        out = attend(*heads, mask=mask)
-        joined: Tensor = self.out_proj(out.transpose(1, 2).flatten(2))
-        return joined
-
-
-def attend(query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None = None) -> Tensor:
-    """softmax(q kᵀ / √d + mask) v over (B, heads, L, d).
-
-    On a CPU torch's fused kernel is at its best in float32; in bfloat16 plain products take less
-    than half its time.
-    """
-    if query.dtype != torch.bfloat16 or query.device.type != "cpu":
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-    scores = query @ (key * query.shape[-1] ** -0.5).transpose(-1, -2)
-    if mask is not None:
-        scores = scores + mask
-    looked: Tensor = scores.softmax(dim=-1) @ value
-    return looked
 
 
 class _QuickGelu(torch.autograd.Function):
@@ -275,81 +209,3 @@ class FrozenQuickGelu(nn.Module):
             return x * torch.sigmoid(QUICK_GELU_SLOPE * x)
         y: Tensor = _QuickGelu.apply(x)
         return y
-
-
-_recompute: ContextVar[bool] = ContextVar("recompute", default=False)
-
-
-@contextmanager
-def recomputing() -> Iterator[None]:
-    """Within it blocks keep only their inputs, and compute the rest again in the backward pass."""
-    token = _recompute.set(True)
-    try:
-        yield
-    finally:
-        _recompute.reset(token)
-
-
-def run_block(
-    block: Any,
-    x: Tensor,
-    *,
-    extra: Tensor | None = None,
-    pick: Callable[[Tensor], Tensor] | None = None,
-    mask: Tensor | None = None,
-) -> Tensor:
-    """One frozen residual attention block of open_clip over x (B, L, W); see also `recomputing`.
-
-    Args:
-        block: the block, gone through `freeze`.
-        x: the tokens.
-        extra: (P, W) tokens that the others look at and that end with this block.
-        pick: (B, L, W) → (B, Q, W), the tokens whose outcome is wanted; default: all.
-        mask: added to the scores.
-    """
-    if _recompute.get() and torch.is_grad_enabled():
-        out: Tensor = checkpoint(
-            _run, block, x, extra, pick, mask, use_reentrant=False, preserve_rng_state=False
-        )
-        return out
-    return _run(block, x, extra, pick, mask)
-
-
-def _run(
-    block: Any,
-    x: Tensor,
-    extra: Tensor | None,
-    pick: Callable[[Tensor], Tensor] | None,
-    mask: Tensor | None,
-) -> Tensor:
-    shown = None if extra is None else block.ln_1(extra)
-    looked = block.attn(block.ln_1(x), extra=shown, pick=pick, mask=mask)
-    x = (x if pick is None else pick(x)) + block.ls_1(looked)
-    out: Tensor = x + block.ls_2(block.mlp(block.ln_2(x)))
-    return out
-
-
-def freeze(module: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A private copy of `module` in `dtype`, frozen, with our own layers in place."""
-    frozen = copy.deepcopy(module).to(dtype).eval()
-    frozen.requires_grad_(False)
-    for parent in list(frozen.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.MultiheadAttention:
-                setattr(parent, name, FrozenAttention(child))
-            elif type(child) is nn.Linear:
-                setattr(parent, name, FrozenLinear(child.weight, child.bias))
-            elif type(child).__name__ == "QuickGELU":
-                setattr(parent, name, FrozenQuickGelu())
-            elif type(child) is nn.Conv2d and _cuts_patches(child):
-                setattr(parent, name, FrozenPatches(child.weight, child.bias))
-    return frozen
-
-
-def _cuts_patches(child: nn.Conv2d) -> bool:
-    return (
-        child.stride == child.kernel_size
-        and child.groups == 1
-        and child.padding == (0, 0)
-        and child.dilation == (1, 1)
-    )

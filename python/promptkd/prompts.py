@@ -7,7 +7,7 @@ them. Text: tokens 1..P ("a photo of a") are replaced alike, shared by all class
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -72,21 +72,29 @@ def stacked_prompts(
     return DeepPrompts(found)
 
 
+Tokenize: TypeAlias = Callable[[Sequence[str]], Tensor]
+
+
+def context_start(tokenize: Tokenize) -> int:
+    """How many tokens stand before the words of every sentence: 1 for CLIP's, 0 for SigLIP's."""
+    return _num_alike(tokenize(["photo", "cat"]))
+
+
+def _num_alike(rows: Tensor) -> int:
+    """How many leading tokens all rows of (N, L) share."""
+    return int((rows == rows[:1]).all(dim=0).int().cumprod(0).sum())
+
+
 class PromptedNames:
     """Class names tokenised into a template whose leading words the text prompts replace.
 
     Attributes:
-        tokens: (C, L) ids: start, P context slots, the rest of the sentence; cut behind the last
-            end token.
+        tokens: (C, L) ids: start tokens, P context slots, the rest of the sentence, padding.
         context: (P,) ids of the words that the prompts start from.
     """
 
     def __init__(
-        self,
-        names: Sequence[str],
-        template: str,
-        num_prompts: int,
-        tokenize: Callable[[Sequence[str]], Tensor],
+        self, names: Sequence[str], template: str, num_prompts: int, tokenize: Tokenize
     ) -> None:
         prefix, found, _ = template.partition("{}")
         if not found or not prefix.strip():
@@ -94,23 +102,26 @@ class PromptedNames:
                 f"the template '{template}' has no words before '{{}}' for the prompts to replace; "
                 "use one like 'a photo of a {}.'"
             )
-        start = tokenize([prefix.strip()])[0]
-        num_words = int(start.argmax()) - 1
-        words = start[1 : 1 + num_words]
+        first = context_start(tokenize)
+        alone = prefix.strip()
+        rows = tokenize([alone, f"{alone} photo", f"{alone} cat"])
+        start, rest = rows[0, :first], _num_alike(rows)
+        words = rows[0, first:rest]
         full = tokenize([template.format(plain_name(name)) for name in names])
-        if not bool((full[:, 1 : 1 + num_words] == words).all()):
+        if not bool((full[:, :rest] == torch.cat([start, words])).all()):
             raise ModelError(
                 f"the words of the template '{template}' before '{{}}' merge with a name"
             )
         # More prompts than words: start from the words again, in a circle.
-        self.context = words[torch.arange(num_prompts) % num_words]
+        self.context = words[torch.arange(num_prompts) % len(words)]
         slots = self.context.expand(len(names), -1)
-        tokens = torch.cat([full[:, :1], slots, full[:, 1 + num_words :]], dim=1)[
-            :, : full.shape[1]
-        ]
-        if bool((tokens.max(dim=1).values != full.max(dim=1).values).any()):
+        padding = tokenize(["photo"])[0, -1]
+        tokens = torch.cat([full[:, :first], slots, full[:, rest:]], dim=1)
+        length = full.shape[1]
+        if bool((tokens[:, length:] != padding).any()):
             raise ModelError(f"{num_prompts} prompts leave no room for the longest class name")
-        self.tokens = tokens
+        missing = padding.expand(len(names), max(0, length - tokens.shape[1]))
+        self.tokens = torch.cat([tokens[:, :length], missing], dim=1)
 
 
 def plain_name(name: str) -> str:

@@ -13,7 +13,11 @@ CARGO = tomllib.loads((ROOT / "rust/Cargo.toml").read_text(encoding="utf-8"))
 # Distributions whose module has another name.
 MODULES = {"open_clip_torch": "open_clip", "pillow": "PIL"}
 # Imported through another package: torch.utils.tensorboard needs tensorboard.
-INDIRECT = {"torch.utils.tensorboard": "tensorboard", "torch.onnx": "onnxscript"}
+INDIRECT = {
+    "torch.utils.tensorboard": "tensorboard",
+    "torch.onnx": "onnxscript",
+    "open_clip.model": "transformers",  # tokenizers and text towers of Hugging Face
+}
 
 
 def names(requirements: list[str]) -> set[str]:

@@ -190,6 +190,7 @@ def new_student(
     clip: Clip, teacher: Teacher | CachedTeacher, config: DistillConfig, *, orient: bool = True
 ) -> Student:
     """An untrained student: random prompts and projector from the seed, the teacher's vectors."""
+    clip.need_prompts("a student")
     generator = torch.Generator().manual_seed(config.seed)
     depth = min(config.prompt_depth, clip.vision.num_layers)
     prompts = DeepPrompts.random(config.num_prompts, clip.vision.width, depth, generator)
@@ -301,7 +302,8 @@ def distill(
             say=progress.say,
             ranks=ranks,
         )
-    clip = load_clip(student, precision=config.precision, device=place)
+    clip = load_clip(student, precision=config.precision, device=place, text="optional")
+    clip.need_prompts("a student")
     identity = {
         "config": config.identity(),
         "teacher": guide.fingerprint(),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from promptkd.frozen import recomputing
+from promptkd.blocks import recomputing
 from promptkd.towers import VisionTower
 
 if TYPE_CHECKING:

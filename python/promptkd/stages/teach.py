@@ -43,7 +43,6 @@ from promptkd.teacher import (
     zero_shot_teacher,
 )
 from promptkd.templates import IMAGENET_TEMPLATES_60
-from promptkd.towers import cut_tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,10 +148,11 @@ class PromptSRC(nn.Module):
         super().__init__()
         self.clip, self.config, self._ranks = clip, config, ranks
         self._encode = Encoder(clip.vision, config)
-        tower = clip.need_text("tune a teacher")
+        clip.need_prompts("tuned as a teacher")
+        tower = clip.need_prompted_text("tune a teacher")
         generator = generator or torch.Generator().manual_seed(config.seed)
         names = PromptedNames(class_names, config.template, config.num_prompts, clip.tokenize)
-        self.tokens = cut_tokens(names.tokens).to(clip.device)
+        self.tokens = tower.cut(names.tokens).to(clip.device)
         depth = min(config.prompt_depth, clip.vision.num_layers)
         text_depth = min(config.prompt_depth, tower.num_layers)
         wide = torch.float64 if tower.dtype == torch.float64 else torch.float32
