@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from bench_step import our_clip
-from common import Row, report
+from common import Row, report, status_bytes
 from official_step import name_classes
 from promptkd.prompts import DeepPrompts
 from promptkd.stages.encoder import Encoder, graph_bytes
@@ -39,14 +39,9 @@ WAYS: dict[str, dict[str, Any]] = {
 def peak_bytes(step: Callable[[], Any]) -> int:
     """How far resident memory rises above where it is now."""
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forget earlier peaks
-    before = _status("VmRSS")
+    before = status_bytes("VmRSS")
     step()
-    return _status("VmHWM") - before
-
-
-def _status(field: str) -> int:
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
+    return status_bytes("VmHWM") - before
 
 
 def student_step(task: dict[str, Any]) -> dict[str, int]:

@@ -11,18 +11,26 @@ import argparse
 import functools
 import gc
 import itertools
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import open_clip
 import pytest
 import torch
+from bench_cache import write_answers
 from common import CLOCKS, Row, interleave, report, typical
+from decode_corpus import corpus
 from official_step import LibraryStep, OfficialStep, TimedStep, name_classes
+from promptkd.cache import FeatureCache
 from promptkd.class_vectors import prompted_class_vectors
 from promptkd.clip import Clip, load_clip
+from promptkd.data.decode import decode_views
+from promptkd.data.loader import squashed
+from promptkd.loss import TeacherStatistics, kd_loss, teacher_statistics
 from promptkd.prompts import DeepPrompts
 from promptkd.stages.distill import Batch, DistillConfig, DistillStep, new_student
 from promptkd.teacher import PROMPT_TEMPLATE, Teacher, TeacherInfo
@@ -37,6 +45,9 @@ TARGETS = {
     ("teacher cached", "fp32"): {100: 9.5, 500: 34.0, 1000: 62.0},
     ("teacher cached", "bf16"): {100: 15.0, 500: 56.0, 1000: 100.0},
 }
+AROUND = 0.05
+"""Share of the student's bare forward and backward pass that all the rest may take."""
+PHOTOGRAPHS, CACHED_ROWS = 64, 4096
 PREDICT_TARGETS = {"fp32": 1.75, "bf16": 3.3}
 
 
@@ -98,8 +109,17 @@ class OurStep:
     def teach(self, pixels: Tensor) -> Tensor:
         return self.teacher.encode_image(pixels)
 
-    def learn(self, pixels: Tensor, features: Tensor) -> float:
-        loss = self.step(Batch(pixels, features))["loss"]
+    def statistics(self, features: Tensor) -> TeacherStatistics:
+        """What a cache of statistics keeps of these features."""
+        return teacher_statistics(
+            features,
+            self.step.class_vectors,
+            teacher_scale=self.teacher.logit_scale,
+            temperature=self.step.config.temperature,
+        )
+
+    def learn(self, pixels: Tensor, answers: Tensor | TeacherStatistics) -> float:
+        loss = self.step(Batch(pixels, answers))["loss"]
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
@@ -109,6 +129,54 @@ class OurStep:
         """The student's tower alone, forward and backward."""
         self.student.vision(pixels, self.student.prompts()).float().square().sum().backward()
         self.optimizer.zero_grad(set_to_none=True)
+
+
+class Around:
+    """What a step on a cache does beside the student's tower: reading, decoding, the loss."""
+
+    def __init__(self, side: OurStep, features: Tensor, folder: Path) -> None:
+        self._side, self._files = side, corpus(None, PHOTOGRAPHS)["500x375"]
+        self._batch, width = features.shape
+        rows = features.repeat(CACHED_ROWS // self._batch, 1)
+        found = side.statistics(rows)
+        write_answers(folder / "features", "features", {"features": rows.half().numpy()})
+        parts = {"mu": found.mu.numpy(), "h": found.h.numpy()}
+        write_answers(folder / "statistics", "statistics", parts)
+        self._caches = {c: FeatureCache.open(folder / c) for c in ("features", "statistics")}
+        self._answers = {c: self.read(c) for c in self._caches}
+        self._student = torch.randn(self._batch, width, requires_grad=True)
+
+    def read(self, content: str) -> Any:
+        rows = np.random.default_rng().integers(0, CACHED_ROWS, self._batch)
+        return self._caches[content].answers(0, rows, torch.float32)
+
+    def decode(self) -> None:
+        first = int(np.random.default_rng().integers(PHOTOGRAPHS - self._batch + 1))
+        files = self._files[first : first + self._batch]
+        keys = np.arange(first, first + len(files), dtype=np.uint64)
+        views = np.zeros(len(files), dtype=np.uint32)
+        target = squashed(self._side.student.clip.preprocess)
+        [pixels], _ = decode_views(files, [target], seed=0, keys=keys, views=views)
+        self._side.student.clip.preprocess.normalize(torch.from_numpy(pixels), torch.float32)
+
+    def loss(self, content: str) -> None:
+        teacher = self._answers[content]
+        scale = self._side.teacher.logit_scale
+        kd_loss(
+            self._student,
+            teacher,
+            self._side.step.class_vectors,
+            student_scale=scale,
+            teacher_scale=scale if isinstance(teacher, Tensor) else None,
+        ).backward()
+
+    def seconds(self, clock: Callable[[], float], rounds: int = 30) -> dict[str, float]:
+        """Of each part, by name."""
+        functions: dict[str, Callable[[], Any]] = {"decoding": self.decode}
+        for content in self._caches:
+            functions[f"reading {content}"] = functools.partial(self.read, content)
+            functions[f"loss of {content}"] = functools.partial(self.loss, content)
+        return {k: typical(v) for k, v in interleave(functions, rounds, clock=clock).items()}
 
 
 def measure_step(args: argparse.Namespace, num_classes: int) -> tuple[list[Row], dict[str, Any]]:
@@ -127,6 +195,7 @@ def measure_step(args: argparse.Namespace, num_classes: int) -> tuple[list[Row],
     gc.collect()
     pixels = torch.randn(args.batch, 3, 224, 224, generator=torch.Generator().manual_seed(2))
     known = {p: side.teach(pixels) for p, side in sides.items()}
+    statistics = {p: side.statistics(known[p]) for p, side in sides.items()}
     rounds = args.rounds if num_classes <= 100 else 1
     first = {p: side.learn(pixels, known[p]) for p, side in sides.items()}  # warms up as well
     theirs = baseline(pixels) if rounds > 1 else None
@@ -134,6 +203,9 @@ def measure_step(args: argparse.Namespace, num_classes: int) -> tuple[list[Row],
     for p, side in sides.items():
         functions[f"{p} teacher image"] = lambda side=side: side.teach(pixels)
         functions[f"{p} student"] = lambda side=side, p=p: side.learn(pixels, known[p])
+        functions[f"{p} student, statistics"] = lambda side=side, p=p: side.learn(
+            pixels, statistics[p]
+        )
         functions[f"{p} bare student"] = lambda side=side: side.bare(pixels)
     baseline.seconds.clear()
     taken = {
@@ -145,12 +217,37 @@ def measure_step(args: argparse.Namespace, num_classes: int) -> tuple[list[Row],
     for p, side in sides.items():
         taken[f"{p} class vectors, once"] = side.text_seconds
         cached, online = taken[f"{p} student"], taken[f"{p} student"] + taken[f"{p} teacher image"]
-        for mode, seconds in (("online", online), ("teacher cached", cached)):
-            target = TARGETS[mode, p].get(num_classes) if args.batch == 8 else None
+        modes = {"online": online, "teacher cached": cached}
+        modes["statistics cached"] = taken[f"{p} student, statistics"]
+        for mode, seconds in modes.items():
+            target = TARGETS.get((mode, p), {}).get(num_classes) if args.batch == 8 else None
             name = f"step, {num_classes} classes, batch {args.batch}, {mode}, {p}"
             rows.append(Row(name, seconds, taken["official"], "s", target))
+        rows += rest_of_step(args, num_classes, p, side, known[p], taken)
     details = {"classes": num_classes, "official": parts, "ours": taken}
     return rows, {**details, "first loss": {"official": theirs, **first}}
+
+
+def rest_of_step(
+    args: argparse.Namespace,
+    num_classes: int,
+    precision: str,
+    side: OurStep,
+    features: Tensor,
+    taken: dict[str, float],
+) -> list[Row]:
+    """Reading, decoding and loss against the share of the student's bare pass they may take."""
+    bare, rows = taken[f"{precision} bare student"], []
+    with tempfile.TemporaryDirectory(prefix="bench-step-") as folder:
+        found = Around(side, features, Path(folder)).seconds(CLOCKS[args.clock])
+    taken |= {f"{precision} {part}": seconds for part, seconds in found.items()}
+    for content in ("features", "statistics"):
+        rest = found["decoding"] + found[f"reading {content}"] + found[f"loss of {content}"]
+        name = f"reading {content} + decoding + loss, {num_classes} classes, {precision}"
+        print(f"{name}: {rest / bare:.1%} of the student's bare forward and backward pass")
+        target = 1.0 if args.batch == 8 else None
+        rows.append(Row(f"{name} ({AROUND:.0%} of bare student)", rest, AROUND * bare, "s", target))
+    return rows
 
 
 def measure_predict(args: argparse.Namespace) -> list[Row]:

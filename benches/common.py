@@ -63,6 +63,12 @@ def typical(seconds: Sequence[float]) -> float:
     return statistics.median(seconds)
 
 
+def status_bytes(field: str) -> int:
+    """A field of this process' memory, for example VmRSS."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(field))
+
+
 def machine() -> dict[str, Any]:
     """What the numbers were measured on."""
     return {

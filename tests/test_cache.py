@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -85,6 +86,52 @@ def test_online_and_cached_give_the_same_bits(
     assert cached.info.summary["after"] == pytest.approx(online.info.summary["after"], rel=1e-4)
     found, wanted = (s.info.summary["teacher_report"] for s in (cached, online))
     assert found == wanted
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("fp64", 1e-12)])
+def test_fresh_views_and_as_many_cached_ones_agree(
+    precision: str, tolerance: float, models: Models, photos: Path, tmp_path: Path
+) -> None:
+    """The online teacher sees batches of the training, the cached one its own."""
+    guide = zero_shot_teacher(load_clip(models.teacher, precision=precision), CLASSES, TEMPLATES)
+    dtype = {"fp32": "float32", "fp64": "float64"}[precision]
+    build_cache(guide, photos, tmp_path / "c", views=3, seed=3, dtype=dtype, content="features")
+    # AdamW would blow up rounding: the bias before BatchNorm has no gradient but that.
+    config = replace(CONFIG, views=0, optimizer="sgd", precision=precision)  # type: ignore[arg-type]
+    online, cached = (
+        promptkd.distill(
+            photos,
+            teacher=guide,
+            student=models.student,
+            cache=path,
+            config=config,
+            progress=QUIET,
+        )
+        for path in (None, tmp_path / "c")
+    )
+    for mine, other in zip(trained(online), trained(cached), strict=True):
+        torch.testing.assert_close(mine, other, rtol=tolerance, atol=tolerance)
+
+
+def test_one_view_at_a_time_is_kept_in_memory(
+    models: Models, photos: Path, teacher: Teacher, built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[str, int]] = []
+    for name in ("read_ahead", "release"):
+        real = getattr(FeatureCache, name)
+
+        def watched(cache: FeatureCache, view: int, name: str = name, real: object = real) -> None:
+            calls.append((name, view))
+            real(cache, view)  # type: ignore[operator]
+
+        monkeypatch.setattr(FeatureCache, name, watched)
+    distilled(models, photos, teacher, built)
+    assert [view for name, view in calls if name == "read_ahead"] == [0, 1, 0]
+    assert [view for name, view in calls if name == "release"] == [0, 1]
+    calls.clear()
+    monkeypatch.setattr("promptkd.stages.cached._memory_bytes", lambda: 2 * 5000)
+    distilled(models, photos, teacher, built)
+    assert {name for name, _ in calls} == {"release"}
 
 
 def test_distill_builds_the_cache_and_then_needs_no_teacher(
@@ -255,14 +302,29 @@ def flipped(path: Path, place: int) -> None:
 
 
 def test_any_flipped_byte_is_found(cache: Path) -> None:
-    """Every byte of a shard: by `verify`; reading with checks on finds those of what it reads."""
+    """Every byte of a shard: by `verify`, and by whoever reads all of it with checks on."""
     from promptkd import _rust
 
     path = cache / "view-001/shard-00000.safetensors"
+    _, tensors = _rust.inspect_shard(path)
+    rows = np.arange(36, dtype=np.int64)
+
+    def read_all() -> None:
+        reader = _rust.CacheReader([path], [0, 36], {})
+        for name, _, shape in tensors:
+            if name == "names":
+                _rust.read_tensor(path, name)
+                continue
+            item = {"failed": 1, "features": 4}.get(name, 8)
+            reader.gather(name, rows, np.empty(item * int(np.prod(shape)), dtype=np.uint8))
+
+    read_all()
     for place in range(path.stat().st_size):
         flipped(path, place)
         with suppress(ValueError):
             assert _rust.verify_shard(path), place
+        with pytest.raises(ValueError, match="damaged"):
+            read_all()
         flipped(path, place)
     assert verify_cache(FeatureCache.open(cache)).problems == ()
     flipped(path, path.stat().st_size // 2)
@@ -330,6 +392,39 @@ def test_a_place_that_cannot_be_written(teacher: Teacher, photos: Path, tmp_path
         place.parent.mkdir(mode=0o500)
     with pytest.raises(CheckpointError, match=f"cache '{place}' can't be written"):
         build_cache(teacher, photos, place, views=1)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become somebody else for a while")
+def test_a_read_only_cache_can_be_read(models: Models, photos: Path, built: Path) -> None:
+    """As a user who may not write: reading and distilling go on, building says so."""
+    with tempfile.TemporaryDirectory() as name:
+        place = Path(name)
+        cache = Path(shutil.copytree(built, place / "cache"))
+        pictures = Path(shutil.copytree(photos, place / "photos"))
+        folder = Path(models.teacher.removeprefix("local-dir:")).parent
+        there = Path(shutil.copytree(folder, place / "models"))
+        teacher = zero_shot_teacher(load_clip(f"local-dir:{there}/teacher"), CLASSES, TEMPLATES)
+        for path in (place, *place.rglob("*")):
+            path.chmod(0o555)
+        before = contents(cache)
+        os.seteuid(65534)
+        try:
+            with pytest.raises(CheckpointError, match=f"cache '{cache}' can't be written"):
+                build_cache(teacher, pictures, cache, views=3, seed=3, dtype="float32")
+            assert not FeatureCache.open(cache).read("features", 1).isnan().any()
+            assert verify_cache(FeatureCache.open(cache)).problems == ()
+            student = promptkd.distill(
+                pictures,
+                teacher=teacher,
+                student=f"local-dir:{there}/student",
+                cache=cache,
+                config=replace(CONFIG, max_steps=2),
+                progress=QUIET,
+            )
+        finally:
+            os.seteuid(0)
+        assert student.info.summary["steps"] == 2
+        assert contents(cache) == before
 
 
 # --- stale and foreign caches

@@ -23,6 +23,7 @@ __all__ = [
     "normalize",
     "random_views",
     "read_files",
+    "read_tensor",
     "resize",
     "tar_members",
     "verify_shard",
@@ -296,6 +297,14 @@ def inspect_shard(
     Raises:
         OSError: it is missing or can't be read.
         ValueError: it is damaged.
+    """
+
+def read_tensor(path: str | os.PathLike[str], name: str) -> bytes:
+    """The bytes of one tensor of a shard; their checksums are compared.
+
+    Raises:
+        OSError: it is missing or can't be read.
+        ValueError: it is damaged, or holds no such tensor.
     """
 
 def verify_shard(path: str | os.PathLike[str]) -> list[str]:

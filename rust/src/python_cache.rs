@@ -106,6 +106,13 @@ fn inspect_shard(py: Python<'_>, path: PathBuf) -> PyResult<(BTreeMap<String, St
     Ok((shard.metadata, tensors.collect()))
 }
 
+/// The bytes of one tensor of a shard, checked.
+#[pyfunction]
+fn read_tensor<'py>(py: Python<'py>, path: PathBuf, name: &str) -> PyResult<Bound<'py, PyBytes>> {
+    let bytes = py.detach(|| Shard::open(&path)?.checked(name).map(<[u8]>::to_vec));
+    bytes.map(|b| PyBytes::new(py, &b)).map_err(|e| raise(Some(path), &e))
+}
+
 /// The damaged blocks of a shard, in words.
 #[pyfunction]
 fn verify_shard(py: Python<'_>, path: PathBuf) -> PyResult<Vec<String>> {
@@ -139,6 +146,7 @@ pub fn register(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<PyCacheReader>()?;
     module.add_function(wrap_pyfunction!(write_shard, module)?)?;
     module.add_function(wrap_pyfunction!(inspect_shard, module)?)?;
+    module.add_function(wrap_pyfunction!(read_tensor, module)?)?;
     module.add_function(wrap_pyfunction!(verify_shard, module)?)?;
     module.add_function(wrap_pyfunction!(read_files, module)?)
 }

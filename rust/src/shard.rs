@@ -238,6 +238,13 @@ impl Shard {
         Ok(())
     }
 
+    /// The bytes of a tensor, once their blocks are checked.
+    pub fn checked(&self, name: &str) -> Result<&[u8]> {
+        let range = self.tensor(name)?.range.clone();
+        self.check(range.clone())?;
+        Ok(&self.data()[range])
+    }
+
     /// Every block that is damaged, in words.
     pub fn damage(&self) -> Vec<String> {
         let bad = (0..self.blocks.len()).filter(|&block| !self.is_sound(block));

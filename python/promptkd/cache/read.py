@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from promptkd import _rust
@@ -35,24 +34,27 @@ class FeatureCache:
         manifest: what it holds.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, *, checks: bool) -> None:
+    def __init__(self, path: Path, manifest: Manifest, *, checks: bool, threads: int) -> None:
         self.path, self.manifest = path, manifest
-        self._checks = checks
+        self._checks, self._threads = checks, threads
         self._readers: dict[int, _rust.CacheReader] = {}
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], *, checks: bool = True) -> FeatureCache:
+    def open(
+        cls, path: str | os.PathLike[str], *, checks: bool = True, threads: int = 0
+    ) -> FeatureCache:
         """Open a cache; nothing but its manifest is read.
 
         Args:
             path: the folder.
             checks: compare every block of data with its checksum when it is first read.
+            threads: how many gather rows; 0: one for each processor, where there is enough to do.
 
         Raises:
             CheckpointError: no cache there, or none that this version reads.
         """
         folder = Path(path).expanduser()
-        return cls(folder, Manifest.read(folder), checks=checks)
+        return cls(folder, Manifest.read(folder), checks=checks, threads=threads)
 
     @property
     def num_images(self) -> int:
@@ -82,13 +84,16 @@ class FeatureCache:
         units = self.manifest.all_units()
         return [u.name for u in units if not (self.path / u.name).is_file()]
 
-    def read(self, name: str, view: int, rows: NDArray[np.int64] | None = None) -> Tensor:
+    def read(
+        self, name: str, view: int, rows: NDArray[np.int64] | None = None, *, pin: bool = False
+    ) -> Tensor:
         """Rows (default: all) of a stored tensor of one view, in the type in which it is stored.
 
         Args:
             name: "features"; "mu" or "h"; "logits"; "failed" (bool), "hashes" or "sizes" (uint64).
             view: from 0; `WHOLE` for the whole pictures (features only).
             rows: (B,) rows of the cache.
+            pin: gather into pinned memory, for copies to a GPU that don't wait.
 
         Raises:
             CheckpointError: a shard is missing, damaged, or of another cache.
@@ -98,7 +103,7 @@ class FeatureCache:
         try:
             reader = self._reader(view)
             kind, shape = reader.describe(name)
-            out = torch.empty((len(rows), *shape), dtype=_TYPES[kind])
+            out = torch.empty((len(rows), *shape), dtype=_TYPES[kind], pin_memory=pin)
             self._copy(reader, name, rows, out)
         except (OSError, ValueError) as error:
             raise self._explain(error) from error
@@ -119,23 +124,41 @@ class FeatureCache:
             raise self._explain(error) from error
 
     def answers(
-        self, view: int, rows: NDArray[np.int64], dtype: torch.dtype
+        self,
+        view: int,
+        rows: NDArray[np.int64],
+        dtype: torch.dtype | None = None,
+        *,
+        pin: bool = False,
     ) -> Tensor | TeacherStatistics | TeacherLogits:
-        """The teacher's answers on rows of a view, as the loss takes them."""
+        """The teacher's answers on rows of a view, as the loss takes them.
+
+        Args:
+            view: from 0.
+            rows: (B,) rows of the cache.
+            dtype: default: the stored type.
+            pin: as for `read`.
+        """
+        names = {"features": ["features"], "logits": ["logits"], "statistics": ["mu", "h"]}
+        found = [self.read(name, view, rows, pin=pin) for name in names[self.content]]
+        if dtype is not None:
+            found = [tensor.to(dtype) for tensor in found]
         if self.content == "features":
-            return self.read("features", view, rows).to(dtype)
-        if self.content == "logits":
-            return TeacherLogits(self.read("logits", view, rows).to(dtype))
-        mu, h = self.read("mu", view, rows), self.read("h", view, rows)
-        return TeacherStatistics(mu.to(dtype), h.to(dtype))
+            return found[0]
+        return TeacherLogits(*found) if self.content == "logits" else TeacherStatistics(*found)
 
     def failed(self, view: int) -> NDArray[np.bool_]:
         """(N,) whether a picture could not be read."""
         flags: NDArray[np.bool_] = self.read("failed", view).numpy()
         return flags
 
+    def view_bytes(self, view: int) -> int:
+        """Size of a view's files that are there."""
+        paths = (self.path / unit.name for unit in self.manifest.units(view))
+        return sum(path.stat().st_size for path in paths if path.exists())
+
     def read_ahead(self, view: int) -> None:
-        """Ask the system to bring a view into memory while something else goes on."""
+        """Bring a view from the disk into the system's memory, file after file."""
         try:
             self._reader(view).advise(0, self.num_images)
         except (OSError, ValueError) as error:
@@ -221,7 +244,8 @@ class FeatureCache:
         self, reader: _rust.CacheReader, name: str, rows: NDArray[np.int64], out: Tensor
     ) -> None:
         flat = out.reshape(-1).view(torch.uint8).numpy()
-        reader.gather(name, np.ascontiguousarray(rows, dtype=np.int64), flat)
+        wanted = np.ascontiguousarray(rows, dtype=np.int64)
+        reader.gather(name, wanted, flat, threads=self._threads)
 
     def _reader(self, view: int) -> _rust.CacheReader:
         if view not in self._readers:
@@ -244,12 +268,10 @@ class FeatureCache:
         return {name: (row, sizes[row]) for row, name in enumerate(names)}
 
     def _names(self, unit: Unit) -> list[str]:
-        path = self.path / unit.name
         try:
-            with safe_open(path, "np") as file:
-                names: list[str] = json.loads(file.get_tensor("names").tobytes())
-        except (OSError, ValueError, SafetensorError) as error:
-            raise self._explain(error if path.exists() else f"'{path}' is missing") from error
+            names: list[str] = json.loads(_rust.read_tensor(self.path / unit.name, "names"))
+        except (OSError, ValueError) as error:
+            raise self._explain(error) from error
         return names
 
     def _explain(self, error: object) -> CheckpointError:

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import safe_open
 
 from promptkd import _rust
 from promptkd.cache.encode import ViewEncoder
@@ -74,8 +73,7 @@ def _check_shard(cache: FeatureCache, unit: Unit) -> list[str]:
         return [f"'{path}': {what} is damaged" for what in damage]
     if not is_whole(cache.path, cache.manifest, unit):
         return [f"'{path}': it belongs to another cache or another place in this one"]
-    with safe_open(path, "np") as file:
-        names = json.loads(file.get_tensor("names").tobytes())
+    names = json.loads(_rust.read_tensor(path, "names"))
     return [] if len(names) == unit.rows else [f"'{path}': {len(names)} names"]
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -206,17 +208,29 @@ def _is_folder_of(stored: StoredTeacher, folder: str | os.PathLike[str]) -> bool
 
 
 class CachedViews:
-    """The teacher's answers on the cached views of a list of pictures."""
+    """The teacher's answers on the cached views of a list of pictures.
 
-    def __init__(self, cache: FeatureCache, images: ImageList, dtype: torch.dtype) -> None:
-        self.cache, self.rows, self._dtype = cache, cache.rows_of(images), dtype
+    Rows are gathered at random, but a view's files are brought into memory in order while the
+    first of them are used, and the view before is let go: memory holds one view of a larger cache.
+    """
+
+    def __init__(self, cache: FeatureCache, images: ImageList, *, pin: bool) -> None:
+        self.cache, self.rows, self._pin = cache, cache.rows_of(images), pin
+        self._view: int | None = None
 
     def plan(self, views: int, num_epochs: int) -> int:
         """How many views to cycle through: those of the cache, or the first `views` of them."""
         return min(self.cache.num_views, views or self.cache.num_views)
 
     def prepare(self, view: int) -> None:
-        """Nothing to do: rows are read as they are needed."""
+        """Begin to read a view; the one before is no longer needed."""
+        if view == self._view:
+            return
+        if self._view is not None:
+            self.cache.release(self._view)
+        self._view = view
+        if self.cache.view_bytes(view) <= _memory_bytes() / 2:
+            threading.Thread(target=self._read_ahead, args=(view,), daemon=True).start()
 
     def answers(
         self, view: int, kept: Sequence[int]
@@ -224,7 +238,15 @@ class CachedViews:
         """Answers on these rows of the list, and whether (B,) the teacher could read them."""
         rows = self.rows[list(kept)]
         good = ~self.cache.read("failed", view, rows)
-        return self.cache.answers(view, rows, self._dtype), good
+        return self.cache.answers(view, rows, pin=self._pin), good
+
+    def _read_ahead(self, view: int) -> None:
+        with suppress(CheckpointError):  # whoever reads a damaged row is told
+            self.cache.read_ahead(view)
+
+
+def _memory_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 class CheckedLoader(ViewLoader):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,6 +24,9 @@ from promptkd.teacher import Teacher
 if TYPE_CHECKING:
     from promptkd.stages.distill import DistillConfig
 
+Answer: TypeAlias = Tensor | TeacherStatistics | TeacherLogits
+Answers: TypeAlias = tuple[Answer, Tensor]
+"""The teacher's answers on some rows, and whether (B,) it could read them."""
 MEMORY_BYTES = 2 * 1024**3
 
 
@@ -121,7 +124,7 @@ class Batch:
     """
 
     pixels: Tensor
-    teacher_features: Tensor | TeacherStatistics | TeacherLogits
+    teacher_features: Answer
 
 
 class ViewBatches:
@@ -171,7 +174,8 @@ class ViewBatches:
 
     def _from_cache(self, teacher: CachedTeacher, orient: bool) -> None:
         recipe = teacher.cache.manifest.recipe
-        views = CachedViews(teacher.cache, self._images, self._dtype)
+        pin = self._student.device.type == "cuda"
+        views = CachedViews(teacher.cache, self._images, pin=pin)
         self._views, self._period = views, views.plan(self._config.views, 0)
         self._loader = CheckedLoader(
             self._images,
@@ -201,28 +205,38 @@ class ViewBatches:
         if self._period:
             self._views.prepare(view)
         work = [(self._ranks.cut(r), view) for r in rows]
-        for pixels, kept in prefetch(self._loader.load, work):
-            yield self._batch(pixels, kept, view)
+        for pixels, kept, answers in prefetch(self._load, work):
+            yield self._batch(pixels, kept, answers, view)
 
-    def _batch(self, pixels: Sequence[Tensor], kept: Sequence[int], view: int) -> Batch:
+    def _load(
+        self, rows: Sequence[int], view: int
+    ) -> tuple[list[Tensor], list[int], Answers | None]:
+        """Pixels, rows that were read, and the teacher's answers where they are at hand."""
+        pixels, kept = self._loader.load(rows, view)
+        return pixels, kept, self._views.answers(view, kept) if self._period else None
+
+    def _batch(
+        self, pixels: Sequence[Tensor], kept: Sequence[int], answers: Answers | None, view: int
+    ) -> Batch:
         """Rows that were read, without those that the teacher could not read."""
         device = self._student.device
         mine = self._student.clip.preprocess.normalize(pixels[0].to(device), self._dtype)
-        if not self._period:
+        if answers is None:
             return Batch(mine, self._online.encode(pixels[1]))
-        answers, good = self._views.answers(view, kept)
+        found, good = answers
         if not bool(good.all()):
             mine = mine[good.to(device)]
             kept = [row for row, g in zip(kept, good.tolist(), strict=True) if g]
-            answers = self._views.answers(view, kept)[0]
-        return Batch(mine, _move(answers, device))
+            found = self._views.answers(view, kept)[0]
+        return Batch(mine, _move(found, device, self._dtype))
 
 
-def _move(
-    answers: Tensor | TeacherStatistics | TeacherLogits, device: torch.device
-) -> Tensor | TeacherStatistics | TeacherLogits:
+def _move(answers: Answer, device: torch.device, dtype: torch.dtype) -> Answer:
+    def move(tensor: Tensor) -> Tensor:
+        return tensor.to(device, non_blocking=True).to(dtype)
+
     if isinstance(answers, TeacherStatistics):
-        return TeacherStatistics(answers.mu.to(device), answers.h.to(device))
+        return TeacherStatistics(move(answers.mu), move(answers.h))
     if isinstance(answers, TeacherLogits):
-        return TeacherLogits(answers.logits.to(device))
-    return answers.to(device)
+        return TeacherLogits(move(answers.logits))
+    return move(answers)
