@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -73,6 +75,12 @@ def plan(root: Path, models: Models, tmp_path: Path) -> Callable[..., Plan]:
         return Plan(datasets=datasets, root=root, **{**fields, **changes})
 
     return make
+
+
+def on_terminal(summary: dict[str, Any], width: int) -> str:
+    console = Console(width=width, file=io.StringIO())
+    console.print(terminal_table(summary))
+    return console.file.getvalue()
 
 
 def times(folder: Path) -> dict[str, int]:
@@ -160,9 +168,8 @@ def test_cross_dataset_with_the_epoch_chosen_on_test(plan: Callable[..., Plan]) 
     assert cell["values"] == {"all": pytest.approx(best)}
     assert (wanted.output / "cells" / "dtd" / "seed1" / "best" / "student.json").is_file()
     assert summary["rows"][0]["paper"] == {"all": 55.08}
-    console = Console(width=200, record=True, quiet=True)
-    console.print(terminal_table(summary))
-    texts = [markdown(summary), (wanted.output / "report.html").read_text()]
+    shown = on_terminal(summary, 200)
+    texts = [markdown(summary), (wanted.output / "report.html").read_text(), shown]
     for text in texts:
         assert "accuracy*" in text
         assert "chosen on TEST" in text
@@ -186,6 +193,45 @@ def test_few_shot_goes_on_where_it_stopped(
     path.write_text(path.read_text()[:-40])
     with pytest.raises(CheckpointError, match=r"result.json' is damaged .*; delete it"):
         reproduce(wanted, QUIET)
+
+
+def test_one_cache_for_all_seeds_and_the_epoch_chosen_on_training_pictures(
+    plan: Callable[..., Plan], models: Models, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"epochs": 3, "batch_size": 16}
+    wanted = plan("dtd", selection="validation", cache=True, seeds=(1, 2), teacher=models.teacher,
+                  distill=changes)  # fmt: skip
+    one, two = make_cells(wanted)
+    learned, aside = set(one.to_learn_from().names), set(one.kept_aside().names)
+    assert not learned & aside
+    assert learned | aside == set(one.data.images("train").names)
+    assert len(aside) == -(-len(one.data.train) // 10)
+    assert aside != set(two.kept_aside().names)
+    summary = reproduce(wanted, QUIET)
+    for cell in summary["cells"]:
+        rows = cell["curves"]["epochs"]
+        best = max(rows, key=lambda row: (row["agreement"], -row["kl"]))
+        assert cell["kept_aside"]["agreement"] == pytest.approx(best["agreement"])
+        assert cell["kept_aside"]["kl"] == pytest.approx(best["kl"], rel=1e-4)
+        assert "test_accuracy" not in rows[0]
+    texts = [markdown(summary), (wanted.output / "report.html").read_text()]
+    for text in texts:
+        assert "of the training pictures are kept aside" in text
+        assert "all seeds with one teacher see the same random views" in text
+        assert "base*" not in text
+    assert "base-to-novel,validation" in csv_text(summary)
+
+    [cache] = (wanted.output / "caches").iterdir()
+    before = {name: t for name, t in times(cache).items() if "shard-" in name}
+    assert len(before) == 1 + 3, "whole pictures and three views of all training pictures"
+    shutil.rmtree(wanted.output / "cells" / "dtd" / "seed2")
+    encoded = "the teacher looked at views again"
+    monkeypatch.setattr(
+        "promptkd.cache.encode.ViewEncoder._features", lambda *_: pytest.fail(encoded)
+    )
+    again = reproduce(wanted, QUIET)
+    assert [cell["values"] for cell in again["cells"]] == [c["values"] for c in summary["cells"]]
+    assert {name: t for name, t in times(cache).items() if "shard-" in name} == before
 
 
 def test_a_diverged_cell_is_told_and_stored(plan: Callable[..., Plan], models: Models) -> None:
@@ -345,6 +391,28 @@ def test_means_deviations_and_collapsed_seeds(root: Path) -> None:
     assert whole["mean"]["paper"] == {
         "base": 86.96, "novel": 80.73, "harmonic_mean": 83.73, "all": None,
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("protocol", ["base-to-novel", "cross-dataset"])
+def test_the_table_fits_a_terminal(root: Path, protocol: str) -> None:
+    """At 80 columns: no number is cut or wrapped, in the widest case there is."""
+    every = tuple(benchmarks.PAPER)[1:11]
+    fields: dict[str, Any] = {"root": root, "output": Path("out"), "seeds": (1, 2, 3)}
+    plan = Plan(datasets=every, protocol=protocol, selection="paper", **fields)
+    status = {1: "done", 2: "collapsed", 3: "done"}
+    results = [result(key, s, 50 + 20 * s % 41, 12 * s, status[s]) for key in every for s in status]
+    found = summarise(plan, results)
+    lines = on_terminal(found, 80).splitlines()
+    assert max(map(len, lines)) <= 80
+    table = "\n".join(lines)
+    for row in [*found["rows"], found["mean"]]:
+        [line] = [line for line in lines if line.startswith(f"{row['title']} †")]
+        for column in found["columns"]:
+            assert f"{row['ours'][column]['mean']:.2f} ± {row['ours'][column]['std']:.2f}" in line
+    assert table.count("  the paper") == table.count("  sound seeds") == len(every) + 1
+    head = "base* " if protocol == "base-to-novel" else "accuracy*"
+    assert head in table
+    assert "chosen on TEST pictures" in table
 
 
 def test_published_names_may_repeat_and_ones_own_may_not(photos: Path, models: Models) -> None:

@@ -83,8 +83,11 @@ class Reproduce:
     """The small CLIP."""
     shots: int = 16
     """Labelled pictures a class for stage 1."""
-    selection: Literal["clean", "paper"] = "clean"
-    """clean: the last epoch. paper: the best epoch on TEST pictures, as the official code."""
+    selection: Literal["clean", "validation", "paper"] = "clean"
+    """clean: the last epoch. validation: the best one on a tenth of the training pictures, kept
+    aside. paper: the best one on TEST pictures, as the official code; marked in every table."""
+    cache: bool = False
+    """Store each teacher's answers in the output folder; all seeds with it learn from them."""
     distill: StudentChanges = field(default_factory=StudentChanges)
     teach: Changes = field(default_factory=Changes)
     device: Device = None
@@ -109,6 +112,7 @@ class Reproduce:
             student=self.student,
             shots=self.shots,
             selection=self.selection,
+            cache=self.cache,
             distill=self.distill.given(),
             teach=self.teach.given(),
             device=self.device,

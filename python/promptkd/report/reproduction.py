@@ -16,15 +16,16 @@ _NONE = "\N{EN DASH}"
 _MINUS = "\N{MINUS SIGN}"
 _SHOWN_CLASSES = 20
 _SHOWN_PAIRS = 6
+_CHOSEN = {
+    "clean": "last epoch of every run",
+    "validation": "the epoch with the best agreement on training pictures kept aside",
+    "paper": "best epoch chosen on TEST pictures, as the official code does",
+}
 
 
 def reproduction_section(summary: Mapping[str, Any]) -> str:
     """HTML of a results.json."""
-    chosen = (
-        "last epoch of every run"
-        if summary["selection"] == "clean"
-        else "best epoch chosen on TEST pictures, as the official code does"
-    )
+    chosen = _CHOSEN[summary["selection"]]
     models = summary["models"]
     parts = [
         f"<h2>{escape(summary['protocol'])}</h2>",

@@ -296,7 +296,7 @@ def distill(
             Wanted(teacher, class_names, labelled, templates, load),
             pictures,
             config,
-            num_views=_views_to_cache(config, len(pictures)),
+            num_views=views_to_cache(config, len(pictures)),
             orient=orient,
             device=place,
             say=progress.say,
@@ -332,7 +332,7 @@ def distill(
     return pupil
 
 
-def _views_to_cache(config: DistillConfig, num_images: int) -> int:
+def views_to_cache(config: DistillConfig, num_images: int) -> int:
     """As many views as epochs, at most `config.views`."""
     num_train = len(split_holdout(num_images, config.holdout, config.seed)[0])
     per_epoch = max(1, num_train // config.batch_size)

@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,14 +16,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from promptkd.benchmarks.metrics import Scores, score_lists, score_part
-from promptkd.benchmarks.reproduce.plan import Cell, fingerprint
+from promptkd.benchmarks.reproduce.plan import CACHE_SEED, Cell, fingerprint
 from promptkd.benchmarks.reproduce.teachers import teacher_for, teacher_warning
-from promptkd.clip import load_clip
+from promptkd.cache import build_cache
+from promptkd.clip import hash_tensors, load_clip
 from promptkd.data.sources import ImageList, PublishedNames
 from promptkd.errors import DataError, TrainingError
 from promptkd.files import write_json
 from promptkd.ranks import pick_device
-from promptkd.stages.distill import distill
+from promptkd.stages.distill import distill, views_to_cache
 from promptkd.stages.holdout import whole_batches
 from promptkd.stages.progress import Progress
 from promptkd.student import Student
@@ -103,7 +104,10 @@ def collapse_reasons(kept_aside: dict[str, float], scores: Scores, zero_shot: Sc
 
 
 class _EpochWatch:
-    """After every epoch: agreement on pictures kept aside; under "paper", the best on test so far."""
+    """After every epoch: agreement on pictures kept aside, and the best student so far.
+
+    What is best is told by test pictures under "paper", by those kept aside under "validation".
+    """
 
     def __init__(self, cell: Cell, kept: ImageList, teacher_logits: Tensor) -> None:
         self._cell, self._kept, self._teacher_logits = cell, kept, teacher_logits
@@ -117,6 +121,11 @@ class _EpochWatch:
         """Where the best student so far lies."""
         return self._cell.folder / "best"
 
+    @property
+    def chooses(self) -> bool:
+        """Whether another epoch than the last may be taken."""
+        return self._cell.plan.selection != "clean"
+
     def __call__(self, epoch: int, student: Student) -> None:
         """Measure; a resumed run takes some epochs again, and their rows are replaced."""
         earlier = [row for row in self.rows if row["epoch"] < epoch]
@@ -124,8 +133,8 @@ class _EpochWatch:
         row = {"epoch": float(epoch), **compare(self._teacher_logits, logits)}
         if self._cell.plan.selection == "paper":
             row["test_accuracy"] = self._test_accuracy(student)
-            if row["test_accuracy"] > max((r["test_accuracy"] for r in earlier), default=-1.0):
-                student.save(self.best_folder)
+        if self.chooses and all(_merit(row) > _merit(other) for other in earlier):
+            student.save(self.best_folder)
         self.rows = [*earlier, row]
         write_json(self._path, self.rows)
 
@@ -137,6 +146,11 @@ class _EpochWatch:
         logits, rows = logits_on(student, images)
         labels = torch.from_numpy(images.labels[rows])
         return score_part(logits[:, : len(data.class_names)], labels).top1
+
+
+def _merit(row: Mapping[str, float]) -> tuple[float, float]:
+    """What the best epoch has most of: accuracy on test if it was measured, else agreement."""
+    return row.get("test_accuracy", row["agreement"]), -row["kl"]
 
 
 class _Work:
@@ -219,10 +233,12 @@ class _Work:
 
     def _distill(self, teacher: Teacher, watch: _EpochWatch) -> Student:
         cell = self._cell
+        images = cell.to_learn_from()
         student = distill(
-            cell.data.images("train"),
+            images,
             teacher=teacher,
             student=cell.plan.student,
+            cache=self._cache(teacher, len(images)) if cell.plan.cache else None,
             output=cell.folder / "student",
             resume=True,
             device=self._device,
@@ -231,7 +247,7 @@ class _Work:
             progress=self._progress,
             on_epoch=watch,
         )
-        if cell.plan.selection == "paper" and (watch.best_folder / "student.json").is_file():
+        if watch.chooses and (watch.best_folder / "student.json").is_file():
             return Student.load(
                 watch.best_folder,
                 backbone=cell.plan.student,
@@ -239,6 +255,25 @@ class _Work:
                 device=self._device,
             )
         return student
+
+    def _cache(self, teacher: Teacher, num_images: int) -> Path:
+        """The teacher's answers on all training pictures; what another seed has stored is kept."""
+        cell, config = self._cell, self._cell.distill_config
+        images = cell.data.images("train")
+        which = hash_tensors({}, f"{teacher.fingerprint()}|{images.digest()}|{config.crop_scale}")
+        folder = cell.plan.output.expanduser() / "caches" / f"{cell.data.paper.key}-{which[:12]}"
+        build_cache(
+            teacher,
+            images,
+            folder,
+            views=views_to_cache(config, num_images),
+            seed=CACHE_SEED,
+            dtype="float64" if config.precision == "fp64" else None,
+            crop_scale=config.crop_scale,
+            orient=False,
+            say=self._progress.say,
+        )
+        return folder
 
     def _score(self, model: Teacher | Student) -> Scores:
         assert self._test.labels is not None

@@ -7,17 +7,22 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 from promptkd.benchmarks.dataset import BenchmarkDataset, load
 from promptkd.benchmarks.paper import PAPER, PROTOCOLS, PaperDataset, find
 from promptkd.data.sources import ImageList
 from promptkd.errors import CheckpointError, DataError
 from promptkd.stages.distill import DistillConfig
+from promptkd.stages.holdout import split_holdout
 from promptkd.stages.teach import TeachConfig
 
+Selection: TypeAlias = Literal["clean", "validation", "paper"]
 SOURCE = "imagenet"
 """Whose classes the cross-dataset teacher is tuned on."""
+VALIDATION_SHARE = 0.1
+CACHE_SEED = 0
+"""Of a cache's views, whichever seed comes first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,8 +40,11 @@ class Plan:
         model: the large CLIP.
         student: the small CLIP.
         shots: labelled pictures a class for stage 1.
-        selection: "clean": the last epoch. "paper": the best epoch on test pictures, as in the
-            official code.
+        selection: "clean": the last epoch. "validation", as clean: a tenth of the training
+            pictures is kept aside, and the epoch taken whose student agrees with its teacher most
+            on them. "paper": the best epoch on test pictures, as in the official code.
+        cache: store each teacher's answers on views of the training pictures under `output`; all
+            seeds with that teacher learn from them.
         distill: fields of stage 2 that differ from the paper's.
         teach: the same for stage 1.
         device: where to train; default: the GPU if there is one.
@@ -51,7 +59,8 @@ class Plan:
     model: str = "ViT-L-14/openai"
     student: str = "ViT-B-16/openai"
     shots: int = 16
-    selection: Literal["clean", "paper"] = "clean"
+    selection: Selection = "clean"
+    cache: bool = False
     distill: Mapping[str, Any] = field(default_factory=dict)
     teach: Mapping[str, Any] = field(default_factory=dict)
     device: str | None = None
@@ -135,14 +144,30 @@ class Cell:
             return None
         return given.replace("{dataset}", self.data.paper.key).replace("{seed}", str(self.seed))
 
-    def kept_aside(self) -> ImageList:
-        """Pictures that nothing is trained on, labels dropped, to see whether distilling worked.
+    @property
+    def validates(self) -> bool:
+        """Whether a part of the training pictures chooses the epoch."""
+        return self.plan.selection == "validation"
 
-        The dataset's own validation part; ImageNet has none, there test pictures.
+    def to_learn_from(self) -> ImageList:
+        """The pictures of stage 2: the training part, less those that choose the epoch."""
+        images = self.data.images("train")
+        return images.select(self._split()[0]) if self.validates else images
+
+    def kept_aside(self) -> ImageList:
+        """Pictures that stage 2 isn't trained on, labels dropped, to see whether it worked.
+
+        Those that choose the epoch, or the dataset's own validation part; ImageNet has none, there
+        test pictures.
         """
-        part: Literal["val", "test"] = "val" if self.data.val else "test"
-        found = self.data.images(part)
+        if self.validates:
+            found = self.data.images("train").select(self._split()[1])
+        else:
+            found = self.data.images("val" if self.data.val else "test")
         return ImageList(found.paths, found.names)
+
+    def _split(self) -> tuple[list[int], list[int]]:
+        return split_holdout(len(self.data.train), VALIDATION_SHARE, self.seed)
 
     def settings(self) -> dict[str, Any]:
         """All that the result depends on, as plain data."""
@@ -156,6 +181,7 @@ class Cell:
             "protocol": plan.protocol,
             "seed": self.seed,
             "selection": plan.selection,
+            "cache": plan.cache,
             "model": {"name": plan.model, "files": _stamp(plan.model)},
             "student": {"name": plan.student, "files": _stamp(plan.student)},
             "teacher": given,

@@ -10,10 +10,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from promptkd.benchmarks.paper import PAPER, PAPER_MEAN, PaperResult
-from promptkd.benchmarks.reproduce.plan import Plan, trained_datasets
+from promptkd.benchmarks.reproduce.plan import VALIDATION_SHARE, Plan, trained_datasets
 from promptkd.evaluate import harmonic_mean
 
 Values = Mapping[str, float]
@@ -144,6 +146,15 @@ def _notes(plan: Plan, results: Sequence[dict[str, Any]]) -> list[str]:
             f"{_TEST_CHOSEN} selection 'paper': the best epoch was chosen on TEST pictures, as the "
             "official code does; these numbers are optimistic"
         )
+    if plan.selection == "validation":
+        notes.append(
+            f"selection 'validation': {VALIDATION_SHARE:.0%} of the training pictures are kept aside; "
+            "the epoch is taken whose student agrees with its teacher most on them (no label is seen)"
+        )
+    if plan.cache:
+        notes.append(
+            "learned from a teacher cache: all seeds with one teacher see the same random views"
+        )
     changed = {**plan.distill, **{f"stage 1 {k}": v for k, v in plan.teach.items()}}
     if plan.shots != 16:
         changed["shots"] = plan.shots
@@ -231,25 +242,33 @@ def detail_table(summary: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
 def title(summary: dict[str, Any]) -> str:
     """What a table is of."""
     seeds = ", ".join(str(s) for s in summary["seeds"])
-    chosen = "last epoch" if summary["selection"] == "clean" else "best epoch on TEST"
+    chosen = {
+        "clean": "last epoch",
+        "validation": "best epoch on training pictures kept aside",
+        "paper": "best epoch on TEST",
+    }[summary["selection"]]
     return f"{summary['protocol']}, accuracy %, seeds {seeds}, {chosen}"
 
 
-def terminal_table(summary: dict[str, Any]) -> Table:
-    """For a terminal."""
-    heads, rows = main_table(summary)
-    notes = "\n".join(summary["notes"]) or None
-    table = Table(title=title(summary), caption=notes, caption_justify="left", box=box.SIMPLE_HEAD)
-    for place, head in enumerate(heads):
-        dim = "dim" if head == "paper" else ""
-        table.add_column(
-            head, justify="left" if place == 0 else "right", style=dim, no_wrap=place == 0
-        )
-    for row in rows:
-        if row[0] == (summary["mean"] or {}).get("title"):
+def terminal_table(summary: dict[str, Any]) -> Group:
+    """For a terminal of 80 columns: the paper's numbers stand below one's own."""
+    mark = _TEST_CHOSEN if summary["selection"] == "paper" else ""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False)
+    table.add_column("dataset", no_wrap=True)
+    for head in summary["columns"].values():
+        table.add_column(head + mark, justify="right", no_wrap=True)
+    for row in [*summary["rows"], *([summary["mean"]] if summary["mean"] else [])]:
+        if row is summary["mean"]:
             table.add_section()
-        table.add_row(*row)
-    return table
+        failed = f" {_COLLAPSED}" if row["collapsed"] else ""
+        table.add_row(row["title"] + failed, *map(spread_text, row["ours"].values()))
+        if row["without_collapsed"] is not None:
+            table.add_row("  sound seeds", *map(spread_text, row["without_collapsed"].values()))
+        if any(value is not None for value in row["paper"].values()):
+            table.add_row("  the paper", *map(number, row["paper"].values()), style="dim")
+    # Title and notes beside the table, not in it: there they would be as narrow as it is.
+    notes = [Text(note, style="italic") for note in summary["notes"]]
+    return Group(Text(title(summary), style="bold"), Text(), table, Text(), *notes)
 
 
 def markdown(summary: dict[str, Any]) -> str:
