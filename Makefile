@@ -10,6 +10,8 @@ DEMO ?=
 JOBS ?= auto
 # Damaged pictures that `make fuzz` decodes.
 FUZZ_FILES ?= 40000
+# How long `make fuzz-guided` runs.
+FUZZ_SECONDS ?= 120
 
 BIN := $(abspath $(VENV))/bin
 STAMPS := $(abspath $(VENV))/.stamps
@@ -21,6 +23,12 @@ CARGO_ENV = PYO3_PYTHON=$(BIN)/python LD_LIBRARY_PATH="$$($(BIN)/python -c \
   'import sysconfig; print(sysconfig.get_config_var("LIBDIR"))'):$$LD_LIBRARY_PATH"
 # The environment as if active: maturin looks for zig by PATH, and refuses to choose between two.
 MATURIN = env -u CONDA_PREFIX VIRTUAL_ENV=$(abspath $(VENV)) PATH="$(BIN):$$PATH" $(BIN)/maturin
+
+# What cargo-fuzz passes to the compiler.
+HOST = $(shell rustc -vV | sed -n 's/^host: //p')
+GUIDED_FLAGS = --cfg fuzzing -Zsanitizer=address -Cpasses=sancov-module \
+  -Cllvm-args=-sanitizer-coverage-level=4 -Cllvm-args=-sanitizer-coverage-inline-8bit-counters \
+  -Cllvm-args=-sanitizer-coverage-pc-table -Cllvm-args=-sanitizer-coverage-trace-compares
 
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 .DELETE_ON_ERROR:
@@ -59,6 +67,15 @@ test-long-python: setup $(STAMPS)/browser
 fuzz: setup
 	PROMPTKD_FUZZ_FILES=$(FUZZ_FILES) PROMPTKD_FUZZ_SEED=1000000 $(CARGO_ENV) \
 	  cargo test $(MANIFEST) --locked --test fuzz -- --nocapture
+
+# Fuzz the decoder for FUZZ_SECONDS, guided by coverage, under the address sanitizer (needs a C++ compiler).
+.PHONY: fuzz-guided
+fuzz-guided: setup
+	mkdir -p rust/fuzz/found rust/fuzz/artifacts
+	RUSTC_BOOTSTRAP=1 RUSTFLAGS="$(GUIDED_FLAGS)" ASAN_OPTIONS=detect_leaks=0 $(CARGO_ENV) \
+	  cargo run --release --locked --manifest-path rust/fuzz/Cargo.toml --target $(HOST) -- \
+	  -max_total_time=$(FUZZ_SECONDS) -timeout=20 -rss_limit_mb=4096 -print_final_stats=1 \
+	  -artifact_prefix=rust/fuzz/artifacts/ rust/fuzz/found rust/fuzz/corpus
 
 # Run every linter and type checker; change nothing.
 .PHONY: lint

@@ -12,7 +12,7 @@ fn main() {
         .opt_level(3)
         .warnings(true)
         .extra_warnings(true)
-        // No function of the shim reads a variable after longjmp has returned to it.
+        // What the shim reads after longjmp has returned to it is volatile.
         .flag_if_supported("-Wno-clobbered")
         .compile("promptkd_jpeg_shim");
 }

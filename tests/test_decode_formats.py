@@ -3,12 +3,15 @@
 import io
 import os
 import struct
+import sys
+import threading
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 from decoding import encode, open_rgb, photo, pillow_view, random_box
-from PIL import Image
+from PIL import Image, ImageFile
 from promptkd import _rust
 from promptkd.data.decode import decode_images, decode_views
 from promptkd.errors import ImageError
@@ -176,6 +179,11 @@ def broken_files(folder):
         yield folder / name, kind
     yield folder / "nowhere.jpg", "missing"
     yield folder, "unreadable"
+    if hasattr(os, "mkfifo"):
+        os.mkfifo(folder / "pipe.jpg")
+        yield folder / "pipe.jpg", "unreadable"
+    if sys.platform == "linux":
+        yield Path("/proc/self/mem"), "unreadable"  # a file whose first byte can't be read
 
 
 def test_every_failure_has_its_kind_and_names_the_file(tmp_path):
@@ -190,6 +198,43 @@ def test_every_failure_has_its_kind_and_names_the_file(tmp_path):
         assert not out[row].any()
     assert out[0].any()
     assert np.array_equal(out[0], out[-1])
+
+
+def test_a_file_without_permission_is_unreadable(tmp_path):
+    path = tmp_path / "secret.png"
+    photo(9, 9).save(path)
+    path.chmod(0)
+    if os.access(path, os.R_OK):
+        pytest.skip("this user may read everything")
+    with pytest.raises(ImageError, match=r"secret\.png': it can't be read"):
+        decode_images([path], [TARGET])
+
+
+def test_a_file_that_changes_while_it_is_read(tmp_path):
+    """Each time a picture, or a failure that names the file."""
+    path, stop = tmp_path / "a.jpg", threading.Event()
+    contents = [encode(photo(300, 200, i), kind) for i, kind in enumerate(("JPEG", "PNG"))]
+    contents += [contents[0][:5000], b""]
+
+    def rewrite():
+        while not stop.is_set():
+            for content in contents:
+                path.write_bytes(content)
+
+    path.write_bytes(contents[0])
+    thread = threading.Thread(target=rewrite)
+    thread.start()
+    kinds = set()
+    try:
+        for _ in range(60):
+            _, failures = decode_images([path] * 8, [TARGET], threads=2, on_error="skip")
+            kinds |= {kind for _, kind, _ in failures}
+            assert all(f"'{path}': " in message for _, _, message in failures)
+    finally:
+        stop.set()
+        thread.join()
+    assert kinds
+    assert kinds <= {"empty", "truncated", "corrupt", "not_an_image"}
 
 
 def test_raise_names_the_first_and_counts_the_rest(tmp_path):
@@ -225,6 +270,54 @@ def test_a_jpeg_without_its_end_marker_is_refused_as_pillow_refuses_it():
         open_rgb(data[:-2])
     with pytest.raises(ImageError, match="truncated"):
         decode_images([data[:-2]], [TARGET])
+
+
+@pytest.fixture
+def load_truncated():
+    ImageFile.LOAD_TRUNCATED_IMAGES = True
+    yield
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+
+
+@pytest.mark.parametrize("options", [
+    {}, {"subsampling": "4:4:4"}, {"subsampling": "4:2:2"}, {"progressive": True},
+    {"progressive": True, "subsampling": "4:4:4"}, {"restart_marker_blocks": 3},
+    {"mode": "L"}, {"mode": "L", "progressive": True}, {"mode": "CMYK"},
+])  # fmt: skip
+@pytest.mark.usefixtures("load_truncated")
+def test_cut_jpegs_are_filled_as_pillow_fills_them(options):
+    options = dict(options)
+    data = encode(photo(203, 155).convert(options.pop("mode", "RGB")), "JPEG", **options)
+    scan = data.index(b"\xff\xda")
+    rng = np.random.default_rng(len(data))
+    cuts = [scan + 16, len(data) - 1, len(data) - 2, *rng.integers(scan + 14, len(data), 25)]
+    for cut in cuts:
+        reference = open_rgb(data[:cut])
+        for box in ([0, 0, 203, 155], random_box(rng, 203, 155)):
+            target = _rust.Target(int(box[3] - box[1]), int(box[2] - box[0]))
+            (out,), failures = _rust.decode(
+                [data[:cut]], [target], boxes=np.array([box]), truncated=True
+            )
+            assert failures == []
+            np.testing.assert_array_equal(out[0], np.asarray(reference.crop(tuple(box))))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+def test_a_progressive_jpeg_that_lacks_scans_equals_pillow(mode):
+    data = encode(photo(203, 155).convert(mode), "JPEG", progressive=True)
+    scans = [i for i in range(len(data)) if data[i : i + 2] == b"\xff\xda"]
+    tables = [i for i in range(len(data)) if data[i : i + 2] == b"\xff\xc4"]
+    for count in range(1, len(scans)):
+        # Each scan has its own Huffman table before it.
+        end = next((t for t in tables if scans[count - 1] < t < scans[count]), scans[count])
+        assert_equals_pillow(data[:end] + b"\xff\xd9")
+
+
+def test_a_jpeg_cut_in_its_header_fails_whatever_is_allowed():
+    data = encode(photo(203, 155), "JPEG")
+    for cut in (3, 30, data.index(b"\xff\xda") + 5):
+        _, failures = decode_images([data[:cut]], [TARGET], truncated=True, on_error="skip")
+        assert [f[1] for f in failures] == ["truncated"]
 
 
 def test_the_pixel_limit_is_exact():

@@ -1,5 +1,7 @@
 """Our own entropy decoder, libjpeg and every instruction set give the same pixels."""
 
+import platform
+
 import numpy as np
 import pytest
 from decoding import encode, photo, random_box
@@ -12,9 +14,10 @@ def _as_by_default():
     _rust.configure()
 
 
-def decode_with(data, target, box, **how):
+def decode_with(data, target, box, options=None, **how):
     _rust.configure(**how)
-    (out,), failures = _rust.decode([data], [target], boxes=np.array([box]), threads=1)
+    boxes = np.array([box])
+    (out,), failures = _rust.decode([data], [target], boxes=boxes, threads=1, **options or {})
     return out[0], [kind for _, kind, _ in failures]
 
 
@@ -69,6 +72,29 @@ def test_paths_agree(seed):
         assert_paths_agree(*random_jpeg(rng), rng, 4)
 
 
+@pytest.mark.parametrize("subsampling", ["4:2:0", "4:2:2", "4:4:4", "grey"])
+@pytest.mark.parametrize("denominator", [2, 4, 8])
+def test_paths_agree_on_scaled_pictures(denominator, subsampling):
+    rng = np.random.default_rng(denominator)
+    for _ in range(12):
+        width, height = (int(v) for v in rng.integers(16, 500, 2))
+        image = photo(width, height, int(rng.integers(1000)))
+        options = {"quality": int(rng.integers(5, 101)), "subsampling": subsampling}
+        if subsampling == "grey":
+            image, options = image.convert("L"), {}
+        if rng.integers(2):
+            options["restart_marker_blocks"] = int(rng.integers(1, 60))
+        data = encode(image, "JPEG", **options)
+        for _ in range(4):
+            box = [int(v) for v in random_box(rng, width, height)]
+            sides = [max((box[i + 2] - box[i]) // denominator, 1) for i in (1, 0)]
+            how = {"scaled": True}
+            own, _ = decode_with(data, _rust.Target(*sides), box, how)
+            libjpeg, failed = decode_with(data, _rust.Target(*sides), box, how, jpeg="libjpeg")
+            assert failed == []
+            np.testing.assert_array_equal(own, libjpeg, err_msg=f"{width}x{height} {box}")
+
+
 @pytest.mark.long
 def test_paths_agree_on_many_files():
     rng = np.random.default_rng(99)
@@ -83,6 +109,22 @@ def test_paths_agree_on_damaged_files(seed):
     for _ in range(60):
         data, width, height = random_jpeg(rng, 150)
         assert_paths_agree(mutated(data, rng), width, height, rng, 2)
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="elsewhere libjpeg takes every file")
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("options", [
+    {"subsampling": "4:2:0"}, {"subsampling": "4:2:2"}, {"subsampling": "4:4:4"},
+    {"restart_marker_blocks": 7}, {"optimize": True},
+])  # fmt: skip
+def test_plain_files_take_our_own_path(options, scaled):
+    # Only our own decoder can leave out the pixels.
+    image, box = photo(400, 300), [0, 0, 400, 300]
+    how = {"scaled": scaled}
+    plain, progressive = (encode(image, "JPEG", progressive=p, **options) for p in (False, True))
+    target = _rust.Target(80, 80)
+    assert not decode_with(plain, target, box, how, jpeg="entropy")[0].any()
+    assert decode_with(progressive, target, box, how, jpeg="entropy")[0].any()
 
 
 @pytest.mark.parametrize("simd", ["portable", "avx2", "avx512"])
@@ -102,7 +144,7 @@ def test_instruction_sets_agree(simd):
 
 
 def test_unknown_ways_are_refused():
-    with pytest.raises(ValueError, match="auto or libjpeg"):
+    with pytest.raises(ValueError, match="auto, libjpeg or entropy"):
         _rust.configure(jpeg="own")
     with pytest.raises(ValueError, match="portable"):
         _rust.configure(simd="sse9")

@@ -77,6 +77,7 @@ def decode(
     threads: int = 0,
     max_pixels: int = 178_956_970,
     scaled: bool = False,
+    truncated: bool = False,
 ) -> tuple[list[NDArray[np.uint8]], list[tuple[int, str, str]]]:
     """Decode JPEG, PNG and WebP files (paths or their bytes), or a box of each.
 
@@ -90,6 +91,7 @@ def decode(
         threads: 0 is one for each processor.
         max_pixels: pictures of more pixels are refused.
         scaled: decode large JPEGs at a half, a quarter or an eighth of their size.
+        truncated: decode JPEGs that were cut too, as Pillow does under LOAD_TRUNCATED_IMAGES.
 
     Returns:
         A (B, H, W, 3) array a target, and the failures as (row, kind, message), where kind is
@@ -114,6 +116,7 @@ def decode_views(
     threads: int = 0,
     max_pixels: int = 178_956_970,
     scaled: bool = False,
+    truncated: bool = False,
 ) -> tuple[list[NDArray[np.uint8]], list[tuple[int, str, str]]]:
     """Decode the view of each picture that `random_views` gives, reading each file once.
 
@@ -130,6 +133,7 @@ def decode_views(
         threads: 0 is one for each processor.
         max_pixels: pictures of more pixels are refused.
         scaled: decode large JPEGs at a half, a quarter or an eighth of their size.
+        truncated: decode JPEGs that were cut too, as Pillow does under LOAD_TRUNCATED_IMAGES.
 
     Returns:
         As `decode`.
@@ -211,13 +215,14 @@ def resize(
 
 def configure(
     *,
-    jpeg: Literal["auto", "libjpeg"] = "auto",
+    jpeg: Literal["auto", "libjpeg", "entropy"] = "auto",
     simd: Literal["auto", "portable", "avx2", "avx512"] = "auto",
 ) -> None:
     """Choose the code that decodes, for tests and benchmarks: the pixels are the same.
 
     Args:
-        jpeg: "libjpeg" leaves every JPEG file to libjpeg-turbo.
+        jpeg: "libjpeg" leaves every JPEG file to libjpeg-turbo; "entropy" only reads plain files,
+            and their pixels mean nothing: it tells how fast decoding could be at most.
         simd: the instructions of the resize.
 
     Raises:
@@ -344,6 +349,7 @@ class BatchStream:
         threads: int = 0,
         max_pixels: int = 178_956_970,
         scaled: bool = False,
+        truncated: bool = False,
     ) -> BatchStream: ...
     @property
     def pending(self) -> int:

@@ -57,6 +57,8 @@ pub struct Options<'a> {
     pub orient: bool,
     pub max_pixels: u64,
     pub scaled: bool,
+    /// JPEG files that were cut are decoded as far as they go.
+    pub truncated: bool,
 }
 
 /// Buffers of one thread, kept between pictures.
@@ -120,10 +122,10 @@ fn decode_with(
     let mut outs: Vec<&mut [u8]> = outs.iter_mut().map(|out| &mut **out).collect();
     let mut resize = resizer.start(options.targets, &mut outs);
     if orientation.is_upright() {
-        return picture.decode(region, denominator, buffers, &mut resize);
+        return picture.decode(region, denominator, options.truncated, buffers, &mut resize);
     }
     let mut collector = Collector::new(region);
-    picture.decode(region, denominator, buffers, &mut collector)?;
+    picture.decode(region, denominator, options.truncated, buffers, &mut collector)?;
     collector.replay(orientation, &mut resize);
     Ok(())
 }
@@ -184,14 +186,16 @@ pub fn read_file(path: &Path, part: Option<(u64, u64)>, buffer: &mut Vec<u8>) ->
         ErrorKind::NotFound => Error::Missing,
         _ => Error::Unreadable(e.to_string()),
     };
-    let file = File::open(path).map_err(error)?;
-    let meta = file.metadata().map_err(error)?;
+    // Looked at first: opening a pipe would wait for somebody to write into it.
+    let meta = std::fs::metadata(path).map_err(error)?;
     if meta.is_dir() {
         return Err(Error::Unreadable("it is a folder".into()));
     }
     if !meta.is_file() {
         return Err(Error::Unreadable("it is not a regular file".into()));
     }
+    let file = File::open(path).map_err(error)?;
+    let meta = file.metadata().map_err(error)?;
     let length = part.map_or(meta.len(), |(_, size)| size);
     if length > MAX_FILE {
         return Err(Error::TooLarge(format!("a file of {length} bytes")));

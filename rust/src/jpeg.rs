@@ -38,6 +38,7 @@ unsafe extern "C" {
         data: *const u8,
         length: usize,
         max_scans: c_int,
+        lenient: c_int,
         out: *mut *mut Handle,
         info: *mut Info,
     ) -> c_int;
@@ -60,6 +61,7 @@ pub struct Jpeg<'a> {
     handle: *mut Handle,
     info: Info,
     markers: Markers<'a>,
+    truncated: bool,
 }
 
 impl Drop for Jpeg<'_> {
@@ -70,13 +72,22 @@ impl Drop for Jpeg<'_> {
 }
 
 impl<'a> Jpeg<'a> {
-    /// Reads the header; `markers` are those of the same file.
-    pub fn open(markers: Markers<'a>) -> Result<Jpeg<'a>> {
+    /// Reads the header; `markers` are those of the same file. With `truncated`, what a cut file
+    /// lacks is filled as Pillow fills it under `LOAD_TRUNCATED_IMAGES`.
+    pub fn open(markers: Markers<'a>, truncated: bool) -> Result<Jpeg<'a>> {
         let data = markers.data;
-        let mut jpeg = Jpeg { handle: std::ptr::null_mut(), info: Info::default(), markers };
+        let (handle, info) = (std::ptr::null_mut(), Info::default());
+        let mut jpeg = Jpeg { handle, info, markers, truncated };
         // SAFETY: data outlives the handle (both live for 'a), the out pointers are valid.
         let code = unsafe {
-            pk_jpeg_open(data.as_ptr(), data.len(), MAX_SCANS, &mut jpeg.handle, &mut jpeg.info)
+            pk_jpeg_open(
+                data.as_ptr(),
+                data.len(),
+                MAX_SCANS,
+                c_int::from(truncated),
+                &mut jpeg.handle,
+                &mut jpeg.info,
+            )
         };
         jpeg.check(code)?;
         Ok(jpeg)
@@ -118,7 +129,7 @@ impl<'a> Jpeg<'a> {
         assert!(x <= region.x && region.x + region.width <= x + width);
         self.skip(region.y)?;
         self.rows(region, x, width, band, sink)?;
-        if !self.markers.has_end() {
+        if !self.truncated && !self.markers.has_end() {
             // The file was cut somewhere: whether before the last row decides, as in Pillow.
             let rest = grid.1 - region.y - region.height;
             if rest > 0 {

@@ -33,6 +33,15 @@ pub fn set_libjpeg_only(only: bool) {
     LIBJPEG_ONLY.store(only, Ordering::Relaxed);
 }
 
+/// Set where JPEG files are only read, for the benchmark's bound.
+static ENTROPY_ONLY: AtomicBool = AtomicBool::new(false);
+
+/// Chooses whether plain JPEG files are only entropy-decoded, for benchmarks: their pixels mean
+/// nothing.
+pub fn set_entropy_only(only: bool) {
+    ENTROPY_ONLY.store(only, Ordering::Relaxed);
+}
+
 fn own_decoder() -> bool {
     !LIBJPEG_ONLY.load(Ordering::Relaxed) && baseline::is_available()
 }
@@ -91,24 +100,32 @@ impl<'a> Picture<'a> {
         matches!(&self.format, Format::Jpeg(markers) if !markers.lossless)
     }
 
-    /// Decodes a region of the stored picture at 1/`denominator` of its size.
+    /// Decodes a region of the stored picture at 1/`denominator` of its size; with `truncated`,
+    /// also that of a JPEG file that was cut.
     pub fn decode(
         self,
         region: Rect,
         denominator: usize,
+        truncated: bool,
         buffers: &mut Buffers,
         sink: &mut dyn Sink,
     ) -> Result<()> {
         match self.format {
             Format::Jpeg(markers) => {
-                markers.check_length()?;
-                if denominator == 1 && own_decoder() {
-                    if baseline::decode(&markers, region, &mut buffers.baseline, sink).is_some() {
+                if !truncated {
+                    markers.check_length()?;
+                }
+                if own_decoder() {
+                    let (scratch, pixels) =
+                        (&mut buffers.baseline, !ENTROPY_ONLY.load(Ordering::Relaxed));
+                    if baseline::decode(&markers, region, denominator, pixels, scratch, sink)
+                        .is_some()
+                    {
                         return Ok(());
                     }
                     sink.restart();
                 }
-                let mut jpeg = Jpeg::open(markers)?;
+                let mut jpeg = Jpeg::open(markers, truncated)?;
                 if jpeg.size() != self.stored {
                     return Err(Error::Corrupt("it has several frame headers".into()));
                 }

@@ -17,7 +17,7 @@ use crate::decode::{Crop, Options, Source, decode_batch, place};
 use crate::error::Error;
 use crate::filter::Filter;
 use crate::geometry::{ResizeMode, Target};
-use crate::picture::set_libjpeg_only;
+use crate::picture::{set_entropy_only, set_libjpeg_only};
 use crate::resize::resize_pixels;
 use crate::simd::Level;
 use crate::view::{self, ViewRange};
@@ -147,6 +147,7 @@ pub struct Call {
     pub threads: usize,
     pub max_pixels: u64,
     pub scaled: bool,
+    pub truncated: bool,
 }
 
 /// What a call gives: the pixels of each target, and the failures.
@@ -169,6 +170,7 @@ impl Call {
             orient: self.orient,
             max_pixels: self.max_pixels,
             scaled: self.scaled,
+            truncated: self.truncated,
         };
         let (crops, threads) = (&self.crops, self.threads);
         let failed = decode_batch(&sources, crops, &options, threads, cancel, &mut outputs);
@@ -251,7 +253,7 @@ pub fn view_crops(
 
 /// Decode JPEG, PNG and WebP files, or a box of each, into arrays of fixed size.
 #[pyfunction]
-#[pyo3(signature = (sources, targets, *, boxes = None, flips = None, orient = false, threads = 0, max_pixels = 178_956_970, scaled = false))]
+#[pyo3(signature = (sources, targets, *, boxes = None, flips = None, orient = false, threads = 0, max_pixels = 178_956_970, scaled = false, truncated = false))]
 #[expect(clippy::too_many_arguments, reason = "they are keywords in Python")]
 fn decode<'py>(
     py: Python<'py>,
@@ -263,16 +265,17 @@ fn decode<'py>(
     threads: usize,
     max_pixels: u64,
     scaled: bool,
+    truncated: bool,
 ) -> PyResult<(Outputs<'py>, Failures)> {
     let crops = box_crops(sources.len(), boxes, flips)?;
     let targets = bare(targets);
-    let call = Call { sources, crops, targets, orient, threads, max_pixels, scaled };
+    let call = Call { sources, crops, targets, orient, threads, max_pixels, scaled, truncated };
     py.detach(|| call.run(&AtomicBool::new(false))).into_python(py)
 }
 
 /// Decode the view of each picture that `random_views` gives.
 #[pyfunction]
-#[pyo3(signature = (sources, targets, *, seed, keys, views, scale = (0.08, 1.0), ratio = (0.75, 4.0 / 3.0), flip = 0.5, orient = false, threads = 0, max_pixels = 178_956_970, scaled = false), text_signature = "(sources, targets, *, seed, keys, views, scale=(0.08, 1.0), ratio=(0.75, 1.3333333333333333), flip=0.5, orient=False, threads=0, max_pixels=178956970, scaled=False)")]
+#[pyo3(signature = (sources, targets, *, seed, keys, views, scale = (0.08, 1.0), ratio = (0.75, 4.0 / 3.0), flip = 0.5, orient = false, threads = 0, max_pixels = 178_956_970, scaled = false, truncated = false), text_signature = "(sources, targets, *, seed, keys, views, scale=(0.08, 1.0), ratio=(0.75, 1.3333333333333333), flip=0.5, orient=False, threads=0, max_pixels=178956970, scaled=False, truncated=False)")]
 #[expect(clippy::too_many_arguments, reason = "they are keywords in Python")]
 fn decode_views<'py>(
     py: Python<'py>,
@@ -288,10 +291,11 @@ fn decode_views<'py>(
     threads: usize,
     max_pixels: u64,
     scaled: bool,
+    truncated: bool,
 ) -> PyResult<(Outputs<'py>, Failures)> {
     let crops = view_crops(sources.len(), view_range(scale, ratio, flip)?, seed, keys, views)?;
     let targets = bare(targets);
-    let call = Call { sources, crops, targets, orient, threads, max_pixels, scaled };
+    let call = Call { sources, crops, targets, orient, threads, max_pixels, scaled, truncated };
     py.detach(|| call.run(&AtomicBool::new(false))).into_python(py)
 }
 
@@ -426,11 +430,9 @@ fn version() -> &'static str {
 #[pyfunction]
 #[pyo3(signature = (*, jpeg = "auto", simd = "auto"))]
 fn configure(jpeg: &str, simd: &str) -> PyResult<()> {
-    let libjpeg_only = match jpeg {
-        "auto" => false,
-        "libjpeg" => true,
-        _ => return Err(unknown("jpeg", jpeg, "auto or libjpeg")),
-    };
+    if !matches!(jpeg, "auto" | "libjpeg" | "entropy") {
+        return Err(unknown("jpeg", jpeg, "auto, libjpeg or entropy"));
+    }
     let level = Level::ALL.into_iter().find(|level| level.name() == simd);
     if level.is_none() && simd != "auto" {
         return Err(unknown("simd", simd, "auto, portable, avx2 or avx512"));
@@ -438,7 +440,8 @@ fn configure(jpeg: &str, simd: &str) -> PyResult<()> {
     if !Level::choose(level) {
         return Err(PyValueError::new_err(format!("this processor has no {simd}")));
     }
-    set_libjpeg_only(libjpeg_only);
+    set_libjpeg_only(jpeg == "libjpeg");
+    set_entropy_only(jpeg == "entropy");
     Ok(())
 }
 

@@ -38,12 +38,13 @@ struct BatchStream {
     threads: usize,
     max_pixels: u64,
     scaled: bool,
+    truncated: bool,
 }
 
 #[pymethods]
 impl BatchStream {
     #[new]
-    #[pyo3(signature = (targets, *, depth = 2, orient = false, threads = 0, max_pixels = 178_956_970, scaled = false))]
+    #[pyo3(signature = (targets, *, depth = 2, orient = false, threads = 0, max_pixels = 178_956_970, scaled = false, truncated = false))]
     fn new(
         targets: Vec<PyTarget>,
         depth: usize,
@@ -51,13 +52,22 @@ impl BatchStream {
         threads: usize,
         max_pixels: u64,
         scaled: bool,
+        truncated: bool,
     ) -> PyResult<Self> {
         if !(1..=1024).contains(&depth) {
             return Err(PyValueError::new_err(format!("depth must be 1 to 1024, not {depth}")));
         }
         let work = |call: Call, cancel: &AtomicBool| call.run(cancel);
         let background = Mutex::new(Background::new(depth, work));
-        Ok(BatchStream { background, targets: bare(targets), orient, threads, max_pixels, scaled })
+        Ok(BatchStream {
+            background,
+            targets: bare(targets),
+            orient,
+            threads,
+            max_pixels,
+            scaled,
+            truncated,
+        })
     }
 
     /// Batches whose results have not been taken.
@@ -125,6 +135,7 @@ impl BatchStream {
             threads: self.threads,
             max_pixels: self.max_pixels,
             scaled: self.scaled,
+            truncated: self.truncated,
         };
         self.lock().submit(call).map_err(|absent| match absent {
             Absent::Gone => gone(),

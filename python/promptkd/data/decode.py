@@ -38,6 +38,7 @@ def decode_images(
     on_error: OnError = "raise",
     max_pixels: int = MAX_PIXELS,
     scaled: bool = False,
+    truncated: bool = False,
 ) -> tuple[Pixels, list[Failure]]:
     """Decode pictures, or a box of each, into arrays of fixed size.
 
@@ -53,6 +54,8 @@ def decode_images(
         max_pixels: pictures of more pixels are refused.
         scaled: decode large JPEGs at a half, a quarter or an eighth of their size: faster, and
             no longer Pillow's exact pixels.
+        truncated: decode JPEGs that were cut too, what is missing in grey, with the pixels of
+            Pillow under `LOAD_TRUNCATED_IMAGES`; by default they are failures.
 
     Returns:
         A uint8 array (B, H, W, 3) a target, and the failures as (row, kind, message); failed
@@ -71,6 +74,7 @@ def decode_images(
         threads=threads,
         max_pixels=max_pixels,
         scaled=scaled,
+        truncated=truncated,
     )
     crop = box_crop(boxes, flips)
     failures = with_pillow(sources, targets, pixels, failures, crop, orient, max_pixels)
@@ -92,6 +96,7 @@ def decode_views(
     on_error: OnError = "raise",
     max_pixels: int = MAX_PIXELS,
     scaled: bool = False,
+    truncated: bool = False,
 ) -> tuple[Pixels, list[Failure]]:
     """Decode a random view of each picture: a box and a flip from (seed, key, view) alone.
 
@@ -110,6 +115,7 @@ def decode_views(
         on_error: raise at the first picture that fails, or go on and list those that did.
         max_pixels: pictures of more pixels are refused.
         scaled: as for `decode_images`.
+        truncated: as for `decode_images`.
 
     Returns:
         As `decode_images`.
@@ -131,6 +137,7 @@ def decode_views(
         threads=threads,
         max_pixels=max_pixels,
         scaled=scaled,
+        truncated=truncated,
     )
     crop = view_crop(seed, keys, views, scale, ratio, flip)
     failures = with_pillow(sources, targets, pixels, failures, crop, orient, max_pixels)

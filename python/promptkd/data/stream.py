@@ -79,6 +79,7 @@ def stream_batches(
     max_failures: int | float | None = None,
     max_pixels: int = MAX_PIXELS,
     scaled: bool = False,
+    truncated: bool = False,
     pin: bool = False,
 ) -> Iterator[Batch]:
     """Decode jobs in the background, in their order, at most `depth` of them ahead.
@@ -97,6 +98,7 @@ def stream_batches(
             those seen (float, judged from 100 pictures on); None is no limit.
         max_pixels: pictures of more pixels are refused.
         scaled: as for `decode_images`.
+        truncated: as for `decode_images`.
         pin: put the pixels into pinned memory, for copies to a GPU that don't wait.
 
     Yields:
@@ -113,6 +115,7 @@ def stream_batches(
         threads=threads,
         max_pixels=max_pixels,
         scaled=scaled,
+        truncated=truncated,
     )
     waiting = iter(jobs)
     ahead = []

@@ -48,6 +48,32 @@ impl Sampling {
     }
 }
 
+/// How blocks become pixels at 1/`denominator` of the picture's size, by libjpeg's choice: where
+/// chroma is halved both ways its blocks stay twice as large, and nothing is upsampled.
+#[derive(Debug, Clone, Copy)]
+pub struct Scale {
+    pub denominator: usize,
+    /// Sides in pixels of a block of luma and of one of chroma: 8, 4, 2 or 1.
+    pub luma: usize,
+    pub chroma: usize,
+    /// How the planes of chroma relate to that of luma.
+    pub sampling: Sampling,
+}
+
+impl Scale {
+    /// `None` where libjpeg has a way of its own.
+    pub fn new(header: &Header, denominator: usize) -> Option<Scale> {
+        let luma = 8 / denominator;
+        let (chroma, sampling) = match header.sampling {
+            Sampling::S420 if denominator > 1 => (2 * luma, Sampling::S444),
+            // Too narrow for interpolated chroma.
+            Sampling::S422 if denominator == 8 || header.width * luma <= 32 => return None,
+            sampling => (luma, sampling),
+        };
+        Some(Scale { denominator, luma, chroma, sampling })
+    }
+}
+
 /// One component of the scan.
 #[derive(Debug, Clone)]
 pub struct Component {

@@ -13,6 +13,8 @@ type Row = *mut u8;
 // are in the static library; they may be called where the processor has AVX2.
 unsafe extern "C" {
     fn jsimd_idct_islow_avx2(quant: *const i16, block: *const i16, out: *const Row, column: u32);
+    fn jsimd_idct_4x4_sse2(quant: *const i16, block: *const i16, out: *const Row, column: u32);
+    fn jsimd_idct_2x2_sse2(quant: *const i16, block: *const i16, out: *const Row, column: u32);
     fn jsimd_h2v1_fancy_upsample_avx2(
         rows: c_int,
         width: u32,
@@ -65,25 +67,37 @@ impl Plane {
         self.samples.copy_within(from * self.stride..self.rows * self.stride, 0);
     }
 
-    /// Writes the pixels of a block whose coefficients are `block` to the eight rows from `row`
-    /// on.
-    pub fn put_block(&mut self, row: usize, column: usize, quant: &Aligned, block: &Aligned) {
+    /// Writes the pixels of a block whose coefficients are `block` to the `side` rows from `row`
+    /// on: 8, or 4 or 2 of a picture that is scaled.
+    pub fn put_block(
+        &mut self,
+        row: usize,
+        column: usize,
+        side: usize,
+        quant: &Aligned,
+        block: &Aligned,
+    ) {
         let stride = self.stride;
         assert!(column + 8 <= stride);
-        let samples = self.samples[row * stride..][..8 * stride].as_mut_ptr();
-        // SAFETY: the slice holds all eight rows.
-        let rows: [Row; 8] = std::array::from_fn(|i| unsafe { samples.add(i * stride) });
-        // SAFETY: both arrays are aligned, and all eight rows hold `column + 8` bytes.
-        unsafe {
-            jsimd_idct_islow_avx2(quant.0.as_ptr(), block.0.as_ptr(), rows.as_ptr(), column as u32);
-        }
+        let samples = self.samples[row * stride..][..side * stride].as_mut_ptr();
+        // SAFETY: the slice holds all rows that are used; the others repeat the last.
+        let rows: [Row; 8] =
+            std::array::from_fn(|i| unsafe { samples.add(i.min(side - 1) * stride) });
+        let kernel = match side {
+            8 => jsimd_idct_islow_avx2,
+            4 => jsimd_idct_4x4_sse2,
+            2 => jsimd_idct_2x2_sse2,
+            _ => unreachable!("a block of one pixel has only a mean"),
+        };
+        // SAFETY: both arrays are aligned, and all rows hold `column + 8` bytes.
+        unsafe { kernel(quant.0.as_ptr(), block.0.as_ptr(), rows.as_ptr(), column as u32) };
     }
 
     /// Writes a block that has only a mean, given as its product with the quantisation step.
-    pub fn put_mean(&mut self, row: usize, column: usize, mean: i32) {
+    pub fn put_mean(&mut self, row: usize, column: usize, side: usize, mean: i32) {
         let value = (((mean + 4) >> 3) + 128).clamp(0, 255) as u8;
-        for row in self.samples[row * self.stride..].chunks_mut(self.stride).take(8) {
-            row[column..column + 8].fill(value);
+        for row in self.samples[row * self.stride..].chunks_mut(self.stride).take(side) {
+            row[column..column + side].fill(value);
         }
     }
 

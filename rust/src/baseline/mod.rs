@@ -15,7 +15,7 @@ use std::ops::Range;
 use crate::markers::Markers;
 use crate::resize::{Rect, Sink};
 use entropy::{Bits, Clean};
-use header::{Aligned, Header, Sampling};
+use header::{Aligned, Header, Sampling, Scale};
 use huffman::Table;
 use kernels::Plane;
 use output::Output;
@@ -51,32 +51,40 @@ struct Wanted {
 }
 
 impl Wanted {
-    fn new(header: &Header, region: Rect) -> Wanted {
+    fn new(header: &Header, scale: &Scale, region: Rect) -> Wanted {
         let (h, v) = header.sampling.luma();
         let across = header.width.div_ceil(8 * h);
         let down = header.height.div_ceil(8 * v);
+        let (width, height) = (scale.luma * h, scale.luma * v);
         // Interpolated chroma needs its neighbours.
-        let (mx, my) = (usize::from(h == 2), usize::from(v == 2));
-        let columns = region.x.saturating_sub(mx) / (8 * h)
-            ..(region.x + region.width + mx).div_ceil(8 * h).min(across);
-        let rows = region.y.saturating_sub(my) / (8 * v)
-            ..(region.y + region.height + my).div_ceil(8 * v).min(down);
+        let (mx, my) = scale.sampling.luma();
+        let (mx, my) = (mx - 1, my - 1);
+        let start = region.x.saturating_sub(mx) / width;
+        let end = (region.x + region.width + mx).div_ceil(width).min(across);
+        let rows = region.y.saturating_sub(my) / height
+            ..(region.y + region.height + my).div_ceil(height).min(down);
         let luma = region.y..region.y + region.height;
         // The kernels treat fewer than three columns of chroma in another way.
-        let columns = columns.start.saturating_sub(usize::from(columns.end == across))..columns.end;
+        let narrow = scale.chroma < 3;
+        let start = start.saturating_sub(usize::from(end == across || narrow));
+        let columns = start..if narrow { end.max(start + 2).min(across) } else { end };
         Wanted { columns, rows, luma, across }
     }
 }
 
-/// Decodes `region` and pushes its rows. `None` where libjpeg has to do it; rows may have been
-/// pushed by then.
+/// Decodes `region` of the picture at 1/`denominator` of its size and pushes its rows. `None`
+/// where libjpeg has to do it; rows may have been pushed by then. Without `pixels` the blocks are
+/// read, and no row is made.
 pub fn decode(
     markers: &Markers,
     region: Rect,
+    denominator: usize,
+    pixels: bool,
     scratch: &mut Scratch,
     sink: &mut dyn Sink,
 ) -> Option<()> {
     let header = Header::read(markers)?;
+    let scale = Scale::new(&header, denominator)?;
     scratch.clean.fill(&markers.data[header.data..])?;
     let count = header.components.len();
     if scratch.dc.len() < count {
@@ -88,17 +96,23 @@ pub fn decode(
         scratch.dc[i].fill(&component.dc, true)?;
         scratch.ac[i].fill(&component.ac, false)?;
     }
-    let wanted = Wanted::new(&header, region);
+    let wanted = Wanted::new(&header, &scale, region);
     let down = header.height.div_ceil(8 * header.sampling.luma().1);
     let units = wanted.across * down;
     let stretches = if header.restart == 0 { 1 } else { units.div_ceil(header.restart) };
     if scratch.clean.stretches.len() != stretches {
         return None;
     }
-    scratch.output.start(&header, &wanted.columns, region, &mut scratch.planes);
+    scratch.output.start(&header, &scale, &wanted.columns, region, &mut scratch.planes);
     // SAFETY: the caller has checked `is_available`.
     #[cfg(target_arch = "x86_64")]
-    return unsafe { scan(&header, &wanted, scratch, sink) };
+    return unsafe {
+        if pixels {
+            scan::<true>(&header, &scale, &wanted, scratch, sink)
+        } else {
+            scan::<false>(&header, &scale, &wanted, scratch, sink)
+        }
+    };
     #[cfg(not(target_arch = "x86_64"))]
     None
 }
@@ -147,8 +161,9 @@ impl<'a> Cursor<'a> {
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,bmi1,bmi2,lzcnt")]
-fn scan(
+fn scan<const PIXELS: bool>(
     header: &Header,
+    scale: &Scale,
     wanted: &Wanted,
     scratch: &mut Scratch,
     sink: &mut dyn Sink,
@@ -170,22 +185,33 @@ fn scan(
         for column in 0..wanted.columns.len() {
             cursor.next()?;
             for by in 0..v {
-                let top = (row * v + by) * 8;
-                let needed = top < wanted.luma.end && top + 8 > wanted.luma.start;
+                let top = (row * v + by) * scale.luma;
+                let needed = top < wanted.luma.end && top + scale.luma > wanted.luma.start;
                 for bx in 0..h {
                     let mut place = Place {
                         plane: &mut planes[0],
-                        row: output.lag(0) + by * 8,
-                        column: (column * h + bx) * 8,
+                        row: output.lag(0) + by * scale.luma,
+                        column: (column * h + bx) * scale.luma,
+                        side: scale.luma,
                     };
                     let coder = (&dc[0], &ac[0], &header.components[0].quant);
-                    one_block(&mut cursor, 0, coder, needed.then_some(&mut place), &mut block)?;
+                    one_block::<PIXELS>(
+                        &mut cursor,
+                        0,
+                        coder,
+                        needed.then_some(&mut place),
+                        &mut block,
+                    )?;
                 }
             }
             for (i, component) in header.components.iter().enumerate().skip(1) {
-                let mut place =
-                    Place { plane: &mut planes[i], row: output.lag(i), column: column * 8 };
-                one_block(
+                let mut place = Place {
+                    plane: &mut planes[i],
+                    row: output.lag(i),
+                    column: column * scale.chroma,
+                    side: scale.chroma,
+                };
+                one_block::<PIXELS>(
                     &mut cursor,
                     i,
                     (&dc[i], &ac[i], &component.quant),
@@ -199,7 +225,9 @@ fn scan(
                 skip_unit(&mut cursor, header.sampling, dc, ac)?;
             }
         }
-        output.emit(row, row == last, planes, sink);
+        if PIXELS {
+            output.emit(row, row == last, planes, sink);
+        }
     }
     let stretch = (cursor.unit - 1).checked_div(header.restart).unwrap_or(0);
     cursor.bits.is_within(clean.stretches[stretch].1).then_some(())
@@ -232,10 +260,12 @@ struct Place<'a> {
     plane: &'a mut Plane,
     row: usize,
     column: usize,
+    /// Pixels of a side of the block.
+    side: usize,
 }
 
 #[inline(always)]
-fn one_block(
+fn one_block<const PIXELS: bool>(
     cursor: &mut Cursor,
     i: usize,
     (dc, ac, quant): (&Table, &Table, &Aligned),
@@ -248,18 +278,27 @@ fn one_block(
         cursor.means[i] = cursor.means[i].wrapping_add(difference);
         return Some(());
     };
-    let (difference, detailed) = cursor.bits.block(dc, ac, &mut block.0)?;
+    let (difference, detailed) = if place.side == 1 {
+        (cursor.bits.skip_block(dc, ac)?, false)
+    } else {
+        cursor.bits.block(dc, ac, &mut block.0)?
+    };
     let mean = cursor.means[i].wrapping_add(difference);
     cursor.means[i] = mean;
     // Sound files stay within 12 bits or so; beyond, the kernels' 16-bit arithmetic wraps.
     i16::try_from(mean).ok()?;
-    let product = mean * i32::from(quant.0[0]);
-    if !detailed && product.abs() < 4096 {
-        place.plane.put_mean(place.row, place.column, product);
+    if !PIXELS {
+        block.0 = [0; 64];
         return Some(());
     }
+    let product = mean * i32::from(quant.0[0]);
+    if !detailed && product.abs() < 4092 {
+        place.plane.put_mean(place.row, place.column, place.side, product);
+        return Some(());
+    }
+    (place.side > 1).then_some(())?;
     block.0[0] = mean as i16;
-    place.plane.put_block(place.row, place.column, quant, block);
+    place.plane.put_block(place.row, place.column, place.side, quant, block);
     block.0 = [0; 64];
     Some(())
 }

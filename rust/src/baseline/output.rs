@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::header::{Header, Sampling};
+use super::header::{Header, Sampling, Scale};
 use super::kernels::{MARGIN, Plane, to_rgb};
 use crate::resize::{GROUP, PAD, Rect, Sink};
 
@@ -14,6 +14,8 @@ use crate::resize::{GROUP, PAD, Rect, Sink};
 #[derive(Debug)]
 pub struct Output {
     sampling: Sampling,
+    /// Rows of pixels that a row of minimum coded units gives.
+    unit: usize,
     region: Rect,
     /// Width of the decoded columns that lie in the picture: of luma, and of chroma.
     width: usize,
@@ -34,6 +36,7 @@ impl Default for Output {
     fn default() -> Output {
         Output {
             sampling: Sampling::Grey,
+            unit: 0,
             region: Rect { x: 0, y: 0, width: 0, height: 0 },
             width: 0,
             chroma_width: 0,
@@ -53,26 +56,34 @@ impl Output {
     pub fn start(
         &mut self,
         header: &Header,
+        scale: &Scale,
         columns: &Range<usize>,
         region: Rect,
         planes: &mut [Plane],
     ) {
         let (h, v) = header.sampling.luma();
-        let left = columns.start * 8 * h;
-        self.sampling = header.sampling;
+        let across = h * scale.luma;
+        let left = columns.start * across;
+        self.sampling = scale.sampling;
+        self.unit = v * scale.luma;
         self.region = region;
-        self.width = (columns.len() * 8 * h).min(header.width - left);
-        self.chroma_width = (columns.len() * 8).min(header.width.div_ceil(h) - columns.start * 8);
+        let width = header.width.div_ceil(scale.denominator);
+        self.width = (columns.len() * across).min(width - left);
+        let chroma = scale.chroma;
+        // Of use where chroma is interpolated only: `h` is 2 then, and so is `v` in 4:2:0.
+        let chroma_width = (header.width * scale.luma).div_ceil(16);
+        self.chroma_width =
+            (columns.len() * chroma).min(chroma_width.saturating_sub(columns.start * chroma));
         self.chroma_height = header.height.div_ceil(v);
         self.offset = (region.x - left) * 3;
         self.first = true;
         self.held = 0;
         for (i, plane) in planes.iter_mut().take(header.components.len()).enumerate() {
-            let (h, v) = if i == 0 { (h, v) } else { (1, 1) };
-            plane.resize(columns.len() * 8 * h, self.lag(i) + 8 * v);
+            let (w, h) = if i == 0 { (across, self.unit) } else { (chroma, chroma) };
+            plane.resize(columns.len() * w, self.lag(i) + h);
         }
         for plane in &mut self.upsampled {
-            plane.resize(columns.len() * 8 * h + MARGIN, 2);
+            plane.resize(columns.len() * across + MARGIN, 2);
         }
         // As for libjpeg's rows: 16 bytes off alignment keeps the pixels in the cache.
         self.stride = (self.width * 3).next_multiple_of(32);
@@ -100,8 +111,9 @@ impl Output {
     /// Rows of luma that have their own rows of chroma.
     fn emit_rows(&mut self, row: usize, planes: &mut [Plane], sink: &mut dyn Sink) {
         let end = self.region.y + self.region.height;
-        for y in (row * 8).max(self.region.y)..(row * 8 + 8).min(end) {
-            let at = y - row * 8;
+        let top = row * self.unit;
+        for y in top.max(self.region.y)..(top + self.unit).min(end) {
+            let at = y - top;
             let slot = self.base + self.held * self.stride;
             let out = &mut self.band[slot..];
             match (self.sampling, &mut *planes) {
