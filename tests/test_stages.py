@@ -463,11 +463,11 @@ def one_picture(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("images", "names", "message"),
     [
-        (lambda p: p / "nowhere", CLASSES, "neither a folder of pictures nor a file"),
+        (lambda p: p / "nowhere", CLASSES, "neither a folder of pictures, a file that lists them"),
         (lambda p: (p / "empty").mkdir() or p / "empty", CLASSES, "no pictures in"),
         (lambda p: one_picture(p / "one"), CLASSES, "at least two pictures"),
         (lambda p: [p / "a.jpg"], CLASSES, "is in the list but is no file"),
-        (lambda p: 3, CLASSES, "must be a folder, a list file or a list of paths, not int"),
+        (lambda p: 3, CLASSES, "tar shards, a dataset or a list of paths, not int"),
         (None, ("cat", "dog", "cat"), "stands twice"),
         (None, ("cat", " "), "class name 2 of 2 is empty"),
         (None, None, "give class_names"),

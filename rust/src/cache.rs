@@ -8,7 +8,7 @@ use std::sync::OnceLock;
 use crate::shard::{Result, Shard, ShardError, Tensor};
 
 /// Bytes below which one more thread costs more than it saves.
-const THREAD_BYTES: usize = 1 << 19;
+const THREAD_BYTES: usize = 1 << 20;
 /// Rows whose places are looked up together, so that their first bytes can be fetched ahead.
 const AHEAD: usize = 16;
 
