@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import tiny_families
 import torch
 from promptkd import DistillConfig, Student
 from promptkd.cli import main
@@ -27,8 +28,10 @@ from promptkd.export import (
 from promptkd.stages.distill import new_student
 from promptkd.teacher import zero_shot_teacher
 from tiny import CLASSES, Models, model_cfg, save_model
+from tiny_families import PROMPTED
 
 TOLERANCE = TOLERANCES["fp32"]
+QUICK_FAMILIES = ("eva02", "siglip")
 
 
 def student_on(backbone: str, models: Models, seed: int = 0) -> Student:
@@ -100,6 +103,24 @@ def test_every_kind_of_tower_exports(
     pixels = student.preprocess(sorted(photos.rglob("*.png"))[:5])
     found = open_export(tmp_path / "s.onnx")(pixels)
     torch.testing.assert_close(found, student.logits(pixels), rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(n, marks=() if n in QUICK_FAMILIES else pytest.mark.long) for n in PROMPTED],
+)
+def test_every_family_exports(
+    family: str, models: Models, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their tokenizers need a download: stubs stand in, which an export doesn't touch."""
+    monkeypatch.setattr("open_clip.factory.HFTokenizer", tiny_families.StubTokenizer)
+    student = student_on(tiny_families.save(tmp_path / "m", family, 3), models)
+    paths = sorted(photos.rglob("*.png"))[:5]
+    expected = student.logits(paths)
+    for name, how in {"s.onnx": "onnx", "s.pt2": "torch-export"}.items():
+        info = export(student, tmp_path / name, format=how)  # type: ignore[arg-type]
+        found = open_export(tmp_path / name)(feed_of(student, info, paths))
+        torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", TOLERANCE), ("fp16", 0.1)])
