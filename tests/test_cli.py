@@ -2,6 +2,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -155,3 +157,14 @@ def test_help_teaches(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     assert "--json" in shown
     assert "Example" in shown or verb == "demo"
+
+
+def test_a_reader_that_has_enough_is_no_error() -> None:
+    """As `promptkd --help | head -1`."""
+    command = [sys.executable, "-m", "promptkd.cli", "--help"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 141

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -270,16 +271,22 @@ Command = (
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run the command line: 0 done, 1 failed, 130 interrupted; wrong use exits with 2."""
-    command: Any = tyro.cli(
-        Command,
-        prog="promptkd",
-        description="Turn a large CLIP into a small, fast classifier for your own pictures, "
-        "without labels.",
-        args=args,
-        config=(tyro.conf.FlagCreatePairsOff,),
-    )
     try:
-        command.run()
+        try:
+            command: Any = tyro.cli(
+                Command,
+                prog="promptkd",
+                description="Turn a large CLIP into a small, fast classifier for your own "
+                "pictures, without labels.",
+                args=args,
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
+            command.run()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever read our output has enough, as `promptkd … | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except PromptKDError as error:
         if not error.told:
             print(f"{name_of_process()}: {error}", file=sys.stderr)
