@@ -120,7 +120,8 @@ def test_a_killed_rank_restarts_to_the_same_student(
 ) -> None:
     arguments = [models.teacher, models.student, pictures, photos]
     torchrun("--nproc-per-node=2", WORKER, *arguments, tmp_path / "a", "{}")
-    flags = ("--nproc-per-node=2", "--max-restarts=1")
+    # More restarts than kills: gloo may fail to connect while a rank of the last try is still ending.
+    flags = ("--nproc-per-node=2", "--max-restarts=3")
     done = torchrun(*flags, WORKER, *arguments, tmp_path / "b", json.dumps({"kill": 14}))
     assert "distill: going on at step" in done.stderr
     for name in ("student.safetensors", "student.json", "teacher/teacher.safetensors"):
