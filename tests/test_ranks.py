@@ -3,15 +3,17 @@
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from promptkd import Student
 from promptkd.errors import DataError
 from promptkd.files import read_tensors
-from promptkd.ranks import ALONE, Ranks
+from promptkd.ranks import ALONE, Ranks, _fresh
 from ranks_worker import both_stages
 from tiny import Models, make_photos
 from torch import nn
@@ -120,8 +122,7 @@ def test_a_killed_rank_restarts_to_the_same_student(
 ) -> None:
     arguments = [models.teacher, models.student, pictures, photos]
     torchrun("--nproc-per-node=2", WORKER, *arguments, tmp_path / "a", "{}")
-    # More restarts than kills: gloo may fail to connect while a rank of the last try is still ending.
-    flags = ("--nproc-per-node=2", "--max-restarts=3")
+    flags = ("--nproc-per-node=2", "--max-restarts=1")
     done = torchrun(*flags, WORKER, *arguments, tmp_path / "b", json.dumps({"kill": 14}))
     assert "distill: going on at step" in done.stderr
     for name in ("student.safetensors", "student.json", "teacher/teacher.safetensors"):
@@ -142,6 +143,17 @@ def test_only_the_first_rank_prints(models: Models, photos: Path, tmp_path: Path
 
 
 # --- without torchrun
+
+
+def test_ranks_meet_where_an_earlier_life_has_left_its_words() -> None:
+    """torchrun keeps its store over restarts, with the addresses of the dead."""
+    store = dist.HashStore()
+    for _ in range(3):
+        with ThreadPoolExecutor(3) as pool:
+            found = list(pool.map(lambda rank: _fresh(store, rank, 3), range(3)))
+        assert not any(place.check(["address"]) for place in found)
+        found[0].set("address", "here")
+        assert all(place.get("address") == b"here" for place in found)
 
 
 def test_shares_are_whole_and_even() -> None:

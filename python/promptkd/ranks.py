@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import atexit
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,11 +22,16 @@ from torch.autograd.function import once_differentiable
 
 from promptkd.errors import PromptKDError
 
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
+
 T = TypeVar("T")
 
 _PATIENCE = timedelta(hours=12)
 """Ranks wait so long for each other: shares of a cache may take unequal times. A rank that died is
 noticed by torchrun, which ends the others."""
+_GLANCE = 0.02
+"""Seconds after which the first rank looks again for one that has not come."""
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -182,9 +189,39 @@ def join(device: torch.device) -> Ranks:
         if not in_job():
             return ALONE
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=_PATIENCE)
+        from torch.distributed.rendezvous import rendezvous  # not in every build of torch
+
+        store, rank, size = next(rendezvous("env://", timeout=_PATIENCE))
+        dist.init_process_group(
+            backend, store=_fresh(store, rank, size), rank=rank, world_size=size, timeout=_PATIENCE
+        )
         atexit.register(_leave)
     return Ranks(dist.get_rank(), dist.get_world_size())
+
+
+def _fresh(store: Store, rank: int, size: int) -> Store:
+    """A part of the job's store in which no earlier life of these ranks has written.
+
+    torchrun keeps the store when it restarts the ranks, and a rank that reads there the address at
+    which a dead one listened can't connect, or waits for ever. So the first rank makes up a name,
+    and tells it in answer to what the others have made up: nobody takes a dead rank's word.
+    """
+    from torch.distributed.distributed_c10d import PrefixStore
+
+    if rank > 0:
+        question = uuid.uuid4().hex
+        store.set(f"promptkd/ask/{rank}", question)
+        name = store.get(f"promptkd/answer/{question}").decode()
+        store.set(f"promptkd/{name}/{rank}", "here")
+        return PrefixStore(f"promptkd/{name}", store)
+    name = uuid.uuid4().hex
+    for other in range(1, size):
+        while not store.check([f"promptkd/{name}/{other}"]):
+            # The question may be an earlier life's: answered in vain, and read again.
+            question = store.get(f"promptkd/ask/{other}").decode()
+            store.set(f"promptkd/answer/{question}", name)
+            time.sleep(_GLANCE)
+    return PrefixStore(f"promptkd/{name}", store)
 
 
 def _leave() -> None:
