@@ -78,10 +78,10 @@ class Preprocess:
         The arithmetic is float32 (float64 for float64) whatever the result's type.
         """
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        mean = torch.tensor(self.mean, dtype=wide, device=pixels.device)
-        std = torch.tensor(self.std, dtype=wide, device=pixels.device)
-        scaled = (pixels.to(wide) / 255 - mean) / std
-        return scaled.permute(0, 3, 1, 2).contiguous().to(dtype)
+        mean = torch.tensor(self.mean, dtype=wide, device=pixels.device)[:, None, None]
+        std = torch.tensor(self.std, dtype=wide, device=pixels.device)[:, None, None]
+        planes = pixels.permute(0, 3, 1, 2).contiguous().to(wide)
+        return planes.div_(255).sub_(mean).div_(std).to(dtype)
 
 
 def _one_of(choices: Any, value: Any) -> Any:

@@ -142,7 +142,7 @@ class TrainConfig:
             return torch.optim.SGD(
                 parameters, lr=self.lr, momentum=0.9, weight_decay=self.weight_decay
             )
-        return torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
+        return torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay, fused=True)
 
 
 class EpochBatches(Protocol[B_co]):
