@@ -4,7 +4,10 @@ import json
 import os
 import resource
 import shutil
+import signal
 import tempfile
+import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -216,6 +219,32 @@ def test_rows_are_the_teachers_answers(teacher: Teacher, photos: Path, built: Pa
     out = torch.empty(2, 40)
     cache.read_into(out, "features", 1, np.array([3, 3]))
     assert torch.equal(out[0], cache.read("features", 1)[3])
+
+
+def test_threads_gather_the_same_rows_and_a_forked_process_too(built: Path) -> None:
+    rows = np.random.default_rng(0).integers(0, 36, 20_000)  # 3.2 MB, enough for a helper
+    expected = FeatureCache.open(built).read("features", 0)[torch.from_numpy(rows)]
+
+    def right(threads: int) -> bool:
+        found = FeatureCache.open(built, threads=threads).read("features", 0, rows)
+        return bool((found.numpy() == expected.numpy()).all())
+
+    assert all(right(threads) for threads in (1, 2, 5))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there are threads is the point
+        child = os.fork()
+    if child == 0:
+        os._exit(0 if right(2) else 1)
+    for _ in range(300):
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        pytest.fail("the forked process waits for threads that it does not have")
+    assert status == 0
 
 
 def test_half_precision_and_order_of_the_list(

@@ -3,14 +3,19 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::PathBuf;
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
+use crate::helpers::share;
 use crate::shard::{Result, Shard, ShardError, Tensor};
 
-/// Bytes below which one more thread costs more than it saves.
+/// Bytes below which waking one more thread costs more than it saves.
 const THREAD_BYTES: usize = 1 << 20;
-/// Rows whose places are looked up together, so that their first bytes can be fetched ahead.
-const AHEAD: usize = 16;
+/// Bytes that a thread takes at a time: none waits long for another one to end.
+const PIECE_BYTES: usize = 1 << 17;
+/// Rows between the one that is copied and the one whose bytes are fetched ahead.
+const AHEAD: usize = 4;
+/// Bytes of a row that are fetched ahead; the processor guesses those behind them better.
+const FETCH_BYTES: usize = 1 << 8;
 
 /// An error, and the shard that it belongs to.
 pub type Located<T> = std::result::Result<T, (Option<PathBuf>, ShardError)>;
@@ -78,42 +83,51 @@ impl Reader {
         if rows.is_empty() || row_bytes == 0 {
             return Ok(());
         }
-        let useful = (out.len() / THREAD_BYTES).clamp(1, threads.max(1));
-        if useful == 1 {
+        let helpers = (out.len() / THREAD_BYTES).clamp(1, threads.max(1)) - 1;
+        if helpers == 0 {
             return self.copy(name, rows, out, row_bytes);
         }
-        let share = rows.len().div_ceil(useful);
-        std::thread::scope(|scope| {
-            let parts: Vec<_> = rows
-                .chunks(share)
-                .zip(out.chunks_mut(share * row_bytes))
-                .map(|(rows, out)| scope.spawn(move || self.copy(name, rows, out, row_bytes)))
-                .collect();
-            parts.into_iter().try_for_each(|p| p.join().expect("copying doesn't panic"))
-        })
+        let piece = PIECE_BYTES.div_ceil(row_bytes);
+        let pieces = Mutex::new(rows.chunks(piece).zip(out.chunks_mut(piece * row_bytes)));
+        let take = || pieces.lock().unwrap_or_else(PoisonError::into_inner).next();
+        let failure = Mutex::new(None);
+        share(helpers, &|| {
+            while let Some((rows, out)) = take() {
+                if let Err(error) = self.copy(name, rows, out, row_bytes) {
+                    *failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
+                    return;
+                }
+            }
+        });
+        failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
     }
 
     fn copy(&self, name: &str, rows: &[i64], out: &mut [u8], row_bytes: usize) -> Located<()> {
         let mut cached: Option<(usize, &Shard, &Tensor)> = None;
-        for (rows, out) in rows.chunks(AHEAD).zip(out.chunks_mut(AHEAD * row_bytes)) {
-            let mut places: [&[u8]; AHEAD] = [&[]; AHEAD];
-            for (&row, place) in rows.iter().zip(&mut places) {
-                let (number, within) = self.locate(row as usize);
-                let (shard, tensor) = match cached {
-                    Some((n, shard, tensor)) if n == number => (shard, tensor),
-                    _ => self.tensor(number, name)?,
-                };
-                cached = Some((number, shard, tensor));
-                let start = tensor.range.start + within * row_bytes;
-                let range = start..start + row_bytes;
-                if self.checks {
-                    shard.check(range.clone()).map_err(|e| self.at(number, e))?;
-                }
-                *place = &shard.data()[range];
-                fetch(place);
+        let mut place = |row: i64| -> Located<&[u8]> {
+            let (number, within) = self.locate(row as usize);
+            let (shard, tensor) = match cached {
+                Some((n, shard, tensor)) if n == number => (shard, tensor),
+                _ => self.tensor(number, name)?,
+            };
+            cached = Some((number, shard, tensor));
+            let start = tensor.range.start + within * row_bytes;
+            let range = start..start + row_bytes;
+            if self.checks {
+                shard.check(range.clone()).map_err(|e| self.at(number, e))?;
             }
-            for (place, out) in places.iter().zip(out.chunks_exact_mut(row_bytes)) {
-                out.copy_from_slice(place);
+            let place = &shard.data()[range];
+            fetch(place);
+            Ok(place)
+        };
+        let mut places: [&[u8]; AHEAD] = [&[]; AHEAD];
+        for (slot, &row) in places.iter_mut().zip(rows) {
+            *slot = place(row)?;
+        }
+        for (i, out) in out.chunks_exact_mut(row_bytes).enumerate() {
+            out.copy_from_slice(places[i % AHEAD]);
+            if let Some(&row) = rows.get(i + AHEAD) {
+                places[i % AHEAD] = place(row)?;
             }
         }
         Ok(())
@@ -188,7 +202,7 @@ impl Reader {
 /// Starts to bring the first bytes of a row into the processor's cache.
 fn fetch(bytes: &[u8]) {
     #[cfg(target_arch = "x86_64")]
-    for line in bytes.chunks(64).take(4) {
+    for line in bytes[..bytes.len().min(FETCH_BYTES)].chunks(64) {
         // SAFETY: a prefetch reads nothing, and SSE is part of x86-64.
         unsafe {
             use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};

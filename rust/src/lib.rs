@@ -6,6 +6,7 @@ pub mod decode;
 pub mod error;
 pub mod filter;
 pub mod geometry;
+pub mod helpers;
 pub mod index;
 pub mod jpeg;
 pub mod markers;
