@@ -223,7 +223,7 @@ def configure(
     Args:
         jpeg: "libjpeg" leaves every JPEG file to libjpeg-turbo; "entropy" only reads plain files,
             and their pixels mean nothing: it tells how fast decoding could be at most.
-        simd: the instructions of the resize.
+        simd: the instructions of the resize, and AVX-512 of the transform and the colours too.
 
     Raises:
         ValueError: this processor has not these instructions.

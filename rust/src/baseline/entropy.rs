@@ -2,7 +2,6 @@
 
 use memchr::memchr;
 
-use super::header::ZIGZAG;
 use super::huffman::{END, Symbol, Table};
 
 /// Zero bytes behind the data: more than a block can take.
@@ -128,13 +127,14 @@ impl<'a> Bits<'a> {
     }
 
     /// Decodes a block whose coefficients are zero: the mean's difference, and whether any other
-    /// coefficient is there.
+    /// coefficient is there. `order` says where each goes.
     #[inline(always)]
     pub fn block(
         &mut self,
         dc: &Table,
         ac: &Table,
-        coefficients: &mut [i16; 64],
+        order: &[u8; 80],
+        coefficients: &mut [i16; 256],
     ) -> Option<(i32, bool)> {
         let (_, difference) = self.symbol(dc)?;
         let mut at = 0;
@@ -143,12 +143,12 @@ impl<'a> Bits<'a> {
             at += symbol.advance();
             if at >= 63 {
                 if at == 63 {
-                    coefficients[63] = value as i16;
+                    coefficients[usize::from(order[63])] = value as i16;
                     return Some((difference, true));
                 }
                 return (at >= END).then_some((difference, at > END));
             }
-            coefficients[usize::from(ZIGZAG[at as usize])] = value as i16;
+            coefficients[usize::from(order[at as usize])] = value as i16;
         }
     }
 

@@ -28,6 +28,17 @@ pub const ZIGZAG: [u8; 80] = {
     table
 };
 
+/// The same where a row holds those of four blocks.
+pub const ZIGZAG_OF_FOUR: [u8; 80] = {
+    let mut table = ZIGZAG;
+    let mut i = 0;
+    while i < 80 {
+        table[i] = ZIGZAG[i] / 8 * 32 + ZIGZAG[i] % 8;
+        i += 1;
+    }
+    table
+};
+
 /// How chroma is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Sampling {

@@ -4,6 +4,10 @@
 //! libjpeg-turbo's kernels, so the pixels are libjpeg's. Whatever is not plain and sound is left
 //! to libjpeg, which alone decides about errors: every doubt here is a `None`.
 
+#[cfg(target_arch = "x86_64")]
+mod avx512;
+#[cfg(target_arch = "x86_64")]
+mod colour;
 mod entropy;
 mod header;
 mod huffman;
@@ -15,9 +19,9 @@ use std::ops::Range;
 use crate::markers::Markers;
 use crate::resize::{Rect, Sink};
 use entropy::{Bits, Clean};
-use header::{Aligned, Header, Sampling, Scale};
+use header::{Header, Sampling, Scale};
 use huffman::Table;
-use kernels::Plane;
+use kernels::{Plane, Queue};
 use output::Output;
 
 /// Buffers kept between pictures.
@@ -170,7 +174,10 @@ fn scan<const PIXELS: bool>(
 ) -> Option<()> {
     let Scratch { clean, dc, ac, planes, output } = scratch;
     let mut cursor = Cursor::new(clean, header.restart, wanted.rows.start * wanted.across);
-    let mut block = Aligned([0; 64]);
+    let mut queues: [Queue; 3] = std::array::from_fn(|i| {
+        let component = &header.components[i.min(header.components.len() - 1)];
+        Queue::new(&component.quant, if i == 0 { scale.luma } else { scale.chroma })
+    });
     let (h, v) = header.sampling.luma();
     let last = wanted.rows.end - 1;
     let start = cursor.unit;
@@ -194,30 +201,20 @@ fn scan<const PIXELS: bool>(
                         column: (column * h + bx) * scale.luma,
                         side: scale.luma,
                     };
-                    let coder = (&dc[0], &ac[0], &header.components[0].quant);
-                    one_block::<PIXELS>(
-                        &mut cursor,
-                        0,
-                        coder,
-                        needed.then_some(&mut place),
-                        &mut block,
-                    )?;
+                    let place = needed.then_some(&mut place);
+                    let tables = (&dc[0], &ac[0]);
+                    one_block::<PIXELS>(&mut cursor, 0, tables, place, &mut queues[0])?;
                 }
             }
-            for (i, component) in header.components.iter().enumerate().skip(1) {
+            for i in 1..header.components.len() {
                 let mut place = Place {
                     plane: &mut planes[i],
                     row: output.lag(i),
                     column: column * scale.chroma,
                     side: scale.chroma,
                 };
-                one_block::<PIXELS>(
-                    &mut cursor,
-                    i,
-                    (&dc[i], &ac[i], &component.quant),
-                    Some(&mut place),
-                    &mut block,
-                )?;
+                let tables = (&dc[i], &ac[i]);
+                one_block::<PIXELS>(&mut cursor, i, tables, Some(&mut place), &mut queues[i])?;
             }
         }
         if row < last {
@@ -226,6 +223,9 @@ fn scan<const PIXELS: bool>(
             }
         }
         if PIXELS {
+            for (queue, plane) in queues.iter_mut().zip(planes.iter_mut()) {
+                queue.flush(plane);
+            }
             output.emit(row, row == last, planes, sink);
         }
     }
@@ -268,9 +268,9 @@ struct Place<'a> {
 fn one_block<const PIXELS: bool>(
     cursor: &mut Cursor,
     i: usize,
-    (dc, ac, quant): (&Table, &Table, &Aligned),
+    (dc, ac): (&Table, &Table),
     place: Option<&mut Place>,
-    block: &mut Aligned,
+    queue: &mut Queue,
 ) -> Option<()> {
     cursor.bits.has_room().then_some(())?;
     let Some(place) = place else {
@@ -281,24 +281,23 @@ fn one_block<const PIXELS: bool>(
     let (difference, detailed) = if place.side == 1 {
         (cursor.bits.skip_block(dc, ac)?, false)
     } else {
-        cursor.bits.block(dc, ac, &mut block.0)?
+        let (order, coefficients) = queue.next();
+        cursor.bits.block(dc, ac, order, coefficients)?
     };
     let mean = cursor.means[i].wrapping_add(difference);
     cursor.means[i] = mean;
     // Sound files stay within 12 bits or so; beyond, the kernels' 16-bit arithmetic wraps.
     i16::try_from(mean).ok()?;
     if !PIXELS {
-        block.0 = [0; 64];
+        queue.clear();
         return Some(());
     }
-    let product = mean * i32::from(quant.0[0]);
+    let product = mean * queue.step();
     if !detailed && product.abs() < 4092 {
         place.plane.put_mean(place.row, place.column, place.side, product);
         return Some(());
     }
     (place.side > 1).then_some(())?;
-    block.0[0] = mean as i16;
-    place.plane.put_block(place.row, place.column, place.side, quant, block);
-    block.0 = [0; 64];
+    queue.push(mean as i16, (place.row, place.column), place.side, place.plane);
     Some(())
 }

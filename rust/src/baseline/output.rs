@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::header::{Header, Sampling, Scale};
-use super::kernels::{MARGIN, Plane, to_rgb};
+use super::kernels::{Colour, Plane, SLACK};
 use crate::resize::{GROUP, PAD, Rect, Sink};
 
 /// Turns each row of minimum coded units into pixels and hands on those of the region.
@@ -23,7 +23,7 @@ pub struct Output {
     chroma_height: usize,
     /// Byte offset of the region's first column in a row of pixels.
     offset: usize,
-    upsampled: [Plane; 2],
+    colour: Colour,
     band: Vec<u8>,
     base: usize,
     stride: usize,
@@ -42,7 +42,7 @@ impl Default for Output {
             chroma_width: 0,
             chroma_height: 0,
             offset: 0,
-            upsampled: Default::default(),
+            colour: Colour::default(),
             band: Vec::new(),
             base: 0,
             stride: 0,
@@ -82,12 +82,10 @@ impl Output {
             let (w, h) = if i == 0 { (across, self.unit) } else { (chroma, chroma) };
             plane.resize(columns.len() * w, self.lag(i) + h);
         }
-        for plane in &mut self.upsampled {
-            plane.resize(columns.len() * across + MARGIN, 2);
-        }
+        self.colour.start(columns.len() * across);
         // As for libjpeg's rows: 16 bytes off alignment keeps the pixels in the cache.
         self.stride = (self.width * 3).next_multiple_of(32);
-        let bytes = GROUP * self.stride + 48 + PAD;
+        let bytes = GROUP * self.stride + 48 + SLACK.max(PAD);
         if self.band.len() < bytes {
             self.band.resize(bytes, 0);
         }
@@ -118,13 +116,12 @@ impl Output {
             let out = &mut self.band[slot..];
             match (self.sampling, &mut *planes) {
                 (Sampling::S444, [luma, blue, red, ..]) => {
-                    to_rgb([(luma, at), (blue, at), (red, at)], self.width, out);
+                    let rows = [luma, blue, red].map(|plane| plane.samples(at));
+                    self.colour.convert_full(rows, self.width, out);
                 }
                 (Sampling::S422, [luma, blue, red, ..]) => {
-                    let [up_blue, up_red] = &mut self.upsampled;
-                    up_blue.upsample_row(blue, at, self.chroma_width);
-                    up_red.upsample_row(red, at, self.chroma_width);
-                    to_rgb([(luma, at), (up_blue, 0), (up_red, 0)], self.width, out);
+                    self.colour.take_row([blue, red], at, self.chroma_width);
+                    self.colour.convert_row(luma.samples(at), self.width, out);
                 }
                 (_, planes) => {
                     let grey = &planes[0].samples(at)[..self.width];
@@ -154,16 +151,14 @@ impl Output {
             let slot = c + 2 - top;
             let above = if c == 0 { slot } else { slot - 1 };
             let below = if c == bottom || c == top + 7 { slot } else { slot + 1 };
-            let [up_blue, up_red] = &mut self.upsampled;
-            up_blue.upsample_rows(blue, [above, slot, below], self.chroma_width);
-            up_red.upsample_rows(red, [above, slot, below], self.chroma_width);
+            let rows = [above, slot, below];
+            self.colour.take_pair([&mut *blue, &mut *red], rows, self.chroma_width);
             for half in 0..2 {
                 let y = 2 * c + half;
                 if wanted.contains(&y) {
-                    let [up_blue, up_red] = &self.upsampled;
-                    let at = y + 2 - 2 * top;
+                    let luma = luma.samples(y + 2 - 2 * top);
                     let out = &mut self.band[self.base + self.held * self.stride..];
-                    to_rgb([(&*luma, at), (up_blue, half), (up_red, half)], self.width, out);
+                    self.colour.convert_pair(luma, half, self.width, out);
                     self.hold(y, sink);
                 }
             }
