@@ -51,6 +51,40 @@ def test_grey_and_cmyk_equal_pillow(width, height, mode):
     assert_equal_boxes(encode(photo(width, height).convert(mode), "JPEG"), rng, 8)
 
 
+def with_factors(data, factors, width, height):
+    """A file whose luma has other sampling factors with as many blocks in a unit, so that each of
+    its blocks lies elsewhere."""
+    at = data.index(b"\xff\xc0")
+    frame = bytearray(data[at : at + 19])
+    frame[5:9] = height.to_bytes(2) + width.to_bytes(2)
+    frame[11] = factors
+    return data[:at] + bytes(frame) + data[at + 19 :]
+
+
+@pytest.mark.parametrize("options", [{}, {"restart_marker_blocks": 3}])
+@pytest.mark.parametrize(("factors", "subsampling", "unit"), [
+    (0x12, "4:2:2", (8, 16)), (0x41, "4:2:0", (32, 8)), (0x14, "4:2:0", (8, 32)),
+])  # fmt: skip
+def test_rare_subsampling_equals_pillow(factors, subsampling, unit, options):
+    """4:4:0, 4:1:1 and 4:1:1 upright, which Pillow reads but does not write."""
+    rng = np.random.default_rng(factors)
+    stored = (16, 8) if subsampling == "4:2:2" else (16, 16)
+    for across, down in [(9, 7), (13, 16), (1, 3), (2, 1)]:
+        image = photo(across * stored[0], down * stored[1])
+        data = encode(image, "JPEG", subsampling=subsampling, quality=90, **options)
+        for rest in (0, 1, 5):
+            width, height = across * unit[0] - rest, down * unit[1] - rest
+            assert_equal_boxes(with_factors(data, factors, width, height), rng, 6)
+
+
+@pytest.mark.parametrize(("width", "height"), SIZES)
+def test_ycck_equals_pillow(width, height):
+    data = encode(photo(width, height).convert("CMYK"), "JPEG", quality=90)
+    # The last byte of Adobe's marker says how four components are stored: 2 is YCCK.
+    at = data.index(b"Adobe") + 11
+    assert_equal_boxes(data[:at] + b"\x02" + data[at + 1 :], np.random.default_rng(3), 8)
+
+
 @pytest.mark.parametrize("options", [
     {"restart_marker_blocks": 1},
     {"restart_marker_rows": 1},
