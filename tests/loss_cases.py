@@ -4,8 +4,10 @@ from dataclasses import astuple, dataclass, replace
 
 import torch
 import torch.nn.functional as F
+from promptkd.kernels import op
 from promptkd.loss import TeacherLogits, TeacherStatistics, kd_loss_reference
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # Relative errors against float64 of the same (rounded) inputs, where KL >= 0.1.
 # "split" in half precision carries a high and a low part of its weights, "hybrid" only one.
@@ -228,3 +230,24 @@ def pairwise(grid: dict[str, tuple]) -> list[dict]:
         missing = {pair for pair in missing if not all(best[name] == value for name, value in pair)}
         rows.append({n: grid[n][i] for n, i in best.items()})
     return rows
+
+
+class StorageSpy(TorchDispatchMode):
+    """Remembers the largest storage, in elements, that any operation makes."""
+
+    def __init__(self, *given):
+        super().__init__()
+        self.given = {x.untyped_storage().data_ptr() for x in given}
+        self.largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is op.kd_rows:
+            with self:  # look inside the operator
+                return op._kd_rows(*args, **(kwargs or {}))
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor):
+                storage = x.untyped_storage()
+                if storage.data_ptr() not in self.given:
+                    self.largest = max(self.largest, storage.nbytes() // x.element_size())
+        return out

@@ -9,7 +9,14 @@ from typing import Any
 import pytest
 import torch
 from promptkd import DistillConfig, Student, distill
-from promptkd.calibration import Calibration, calibrate, domain_score, fit_temperature, reliability
+from promptkd.calibration import (
+    Calibration,
+    Score,
+    calibrate,
+    domain_score,
+    fit_temperature,
+    reliability,
+)
 from promptkd.cli import main
 from promptkd.clip import load_clip
 from promptkd.errors import DataError
@@ -128,6 +135,17 @@ def test_a_student_keeps_and_uses_it(
         assert before.out_of_domain is None
     assert sum(bool(p.out_of_domain) for p in told) == 9
     assert loaded.evaluate(photos).calibration_error == pytest.approx(found.after.error)
+
+
+@pytest.mark.parametrize("score", ["energy", "probability"])
+def test_the_highest_logit_and_its_probability_tell_what_is_foreign(score: Score) -> None:
+    logits, labels = drawn(300, 9)
+    found = calibrate(5 * logits, labels, rate=0.1, score=score)
+    probability, best = (5 * logits / found.temperature).softmax(-1).max(-1)
+    highest = 5 * logits.gather(1, best[:, None])[:, 0]
+    told = found.is_foreign_best(highest, probability)
+    assert torch.equal(told, found.is_foreign(5 * logits))
+    assert 0 < int(told.sum()) < 300
 
 
 def test_other_classes_lose_the_threshold_and_keep_the_temperature(

@@ -244,7 +244,11 @@ def test_open_clip_is_imported_by_few() -> None:
 
 
 def test_student_needs_no_teacher_and_no_triton() -> None:
-    """Not even inside a function: a student is loaded and used without either."""
+    """Not even inside a function: a student is loaded and used without either.
+
+    But for predictions among many classes, which take the kernels of `promptkd.loss.top_k` where
+    Triton is installed.
+    """
     found = reachable("promptkd.student", at_import_time=False)
     assert "promptkd.clip" in found  # the walk walks
     for name in found:
@@ -253,8 +257,12 @@ def test_student_needs_no_teacher_and_no_triton() -> None:
             path.append(found[path[-1]])
         chain = " → ".join(reversed(path))
         assert name != "promptkd.teacher", chain
-        assert not name.startswith("promptkd.kernels"), chain
-        assert not any(i.name.split(".")[0] == "triton" for i in IMPORTS.get(name, [])), chain
+        if name.startswith("promptkd.kernels"):
+            assert "promptkd.student → promptkd.loss → promptkd.kernels" in chain, chain
+        else:
+            assert not any(i.name.split(".")[0] == "triton" for i in IMPORTS.get(name, [])), chain
+    at_once = reachable("promptkd.student", at_import_time=True)
+    assert not any(name.startswith(("promptkd.kernels", "promptkd.loss")) for name in at_once)
 
 
 @pytest.mark.parametrize("start", ["promptkd", "promptkd.cli"])

@@ -14,6 +14,7 @@ from loss_cases import (
     NEAR_TOLERANCE,
     Answer,
     Case,
+    StorageSpy,
     assert_close,
     exact_answer,
     make_problem,
@@ -29,7 +30,6 @@ from promptkd.loss import (
     teacher_statistics,
     top_k,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 TEACHERS = ("features", "logits", "statistics")
@@ -225,27 +225,6 @@ def test_onednn_gives_way_where_its_private_op_is_gone(monkeypatch):
         tiles._onednn_is_faster.cache_clear()
 
 
-class StorageSpy(TorchDispatchMode):
-    """Remembers the largest storage, in elements, that any operation makes."""
-
-    def __init__(self, *given):
-        super().__init__()
-        self.given = {x.untyped_storage().data_ptr() for x in given}
-        self.largest = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is op.kd_rows:
-            with self:  # look inside the operator
-                return op._kd_rows(*args, **(kwargs or {}))
-        out = function(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else [out]:
-            if isinstance(x, torch.Tensor):
-                storage = x.untyped_storage()
-                if storage.data_ptr() not in self.given:
-                    self.largest = max(self.largest, storage.nbytes() // x.element_size())
-        return out
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("teacher", ["features", "statistics"])
 @pytest.mark.parametrize(("batch", "num_classes"), [(8, 20_000), (128, 5000), (600, 3000)])
@@ -377,6 +356,52 @@ def test_gradient_checkpointing(use_reentrant):
     (expected,) = torch.autograd.grad(loss(student), student)
     checkpoint(loss, student, use_reentrant=use_reentrant).backward()
     assert torch.equal(student.grad, expected)
+
+
+RANK = """
+import sys, torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from promptkd.loss import kd_loss
+
+class Step(torch.nn.Module):
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = torch.nn.Parameter(weight)
+        self.scale = torch.nn.Parameter(torch.tensor(20.0))
+    def forward(self, pictures, teacher, vectors):
+        student = pictures @ self.weight
+        return kd_loss(student, teacher, vectors, student_scale=self.scale, teacher_scale=25.0)
+
+folder, rank, size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+torch.set_num_threads(1)
+dist.init_process_group("gloo", f"file://{folder}/meet{size}", rank=rank, world_size=size)
+random = torch.Generator().manual_seed(3)
+weight, vectors = (torch.randn(n, 9, generator=random) for n in (5, 40))
+pictures, teacher = (torch.randn(8, n, generator=random) for n in (5, 9))
+model = DistributedDataParallel(Step(weight))
+loss = model(pictures[rank::size], teacher[rank::size], vectors)
+loss.backward()
+torch.save((model.module.weight.grad, model.module.scale.grad), f"{folder}/{size}-{rank}.pt")
+dist.destroy_process_group()
+"""
+
+
+def test_ranks_of_data_parallel_training_get_the_gradient_of_the_whole_batch(tmp_path):
+    arguments = [("0", "1"), ("0", "2"), ("1", "2")]
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", RANK, tmp_path, *x], stderr=subprocess.PIPE)
+        for x in arguments
+    ]
+    for rank in ranks:
+        _, complaint = rank.communicate(timeout=240)
+        assert rank.returncode == 0, complaint.decode()
+    alone, first, second = (
+        torch.load(tmp_path / f"{size}-{rank}.pt", weights_only=True) for rank, size in arguments
+    )
+    for one, two, whole in zip(first, second, alone, strict=True):
+        assert torch.equal(one, two)
+        assert whole.abs().max() > 0
+        torch.testing.assert_close(one, whole, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("teacher", TEACHERS)

@@ -9,10 +9,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import promptkd.loss
+import promptkd.student
 import pytest
 import torch
+from loss_cases import StorageSpy
 from PIL import Image
 from promptkd import DistillConfig, Prediction, Student
+from promptkd.calibration import calibrate
 from promptkd.clip import load_clip
 from promptkd.errors import CheckpointError, DataError, ImageError
 from promptkd.evaluate import score
@@ -180,6 +184,43 @@ def test_a_linear_head_gives_the_logits(student: Student, photos: Path) -> None:
     torch.testing.assert_close(features @ weight.T, student(pixels))
     assert not tower.training
     assert {id(p) for p in tower.parameters()} == {id(p) for p in student.parameters()}
+
+
+@pytest.mark.parametrize("score_name", ["energy", "probability"])
+def test_many_classes_are_told_without_all_logits(
+    student: Student, photos: Path, score_name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is said of 30,000 classes is what all logits say, and they are nowhere written."""
+    random = torch.Generator().manual_seed(7)
+    width, count = student.class_vectors.shape[1], 30_000
+    vectors = torch.nn.functional.normalize(torch.randn(count, width, generator=random), dim=1)
+    names = tuple(f"class {i}" for i in range(count))
+    info = replace(student.info, class_names=names)
+    many = Student(student.clip, student.prompts, student.projector, vectors, info).eval()
+    logits = many.logits(photos)
+    targets = torch.multinomial(logits.softmax(-1), 1, generator=random)[:, 0]
+    many.set_calibration(calibrate(logits, targets, rate=0.25, score=score_name))  # type: ignore[arg-type]
+    calls: list[int] = []
+    fused = promptkd.loss.top_k
+    monkeypatch.setattr(
+        promptkd.loss, "top_k", lambda *a, **k: (calls.append(1), fused(*a, **k))[1]
+    )
+    with StorageSpy(many.class_vectors) as spy:
+        found = many.predict(photos, top_k=4)
+    assert calls
+    assert 0 < spy.largest < 36 * count / 2
+    calls.clear()
+    monkeypatch.setattr(promptkd.student, "_MANY_CLASSES", count + 1)
+    with StorageSpy(many.class_vectors) as spy:
+        plain = many.predict(photos, top_k=4)
+    assert not calls
+    assert spy.largest >= 36 * count
+    assert isinstance(found, list)
+    assert isinstance(plain, list)
+    for a, b in zip(found, plain, strict=True):
+        assert (a.path, a.labels, a.out_of_domain) == (b.path, b.labels, b.out_of_domain)
+        assert a.probabilities == pytest.approx(b.probabilities, rel=1e-4)
+    assert sum(bool(p.out_of_domain) for p in found) == 9
 
 
 def test_predict_proba_is_what_predict_says(student: Student, photos: Path) -> None:

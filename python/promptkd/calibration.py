@@ -77,9 +77,24 @@ class Calibration:
         Raises:
             DataError: the threshold was lost with the classes it held for.
         """
+        return domain_score(logits.double(), self.temperature, self.score) < self._known_threshold
+
+    def is_foreign_best(self, highest: Tensor, probability: Tensor) -> Tensor:
+        """The same from the highest logit (N,) and its probability at `temperature` (N,) alone.
+
+        That probability is p = exp(highest / T) / Σ exp(logits / T), so the energy is
+        highest − T·log p.
+        """
+        certainty = probability.double()
+        if self.score == "energy":
+            certainty = highest.double() - self.temperature * certainty.log()
+        return certainty < self._known_threshold
+
+    @property
+    def _known_threshold(self) -> float:
         if self.threshold is None:
             raise DataError("the classes have changed since calibrating; calibrate again")
-        return domain_score(logits.double(), self.temperature, self.score) < self.threshold
+        return self.threshold
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Calibration:

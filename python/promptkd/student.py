@@ -1,6 +1,7 @@
 """The student: a small prompted image tower, a projector, and the teacher's stored class vectors.
 
-All that inference needs; neither the teacher, nor a text encoder, nor Triton is imported here.
+All that inference needs; neither the teacher nor a text encoder is imported here, and Triton only
+where it is installed and a GPU predicts among many classes.
 """
 
 from __future__ import annotations
@@ -46,6 +47,9 @@ from promptkd.prompts import DeepPrompts
 from promptkd.ranks import ALONE, join
 
 _BATCH = 64
+_MANY_CLASSES = 20_000
+"""From here on predictions go without all logits: a batch of them takes 5 MB, and as much again
+for each step from logits to probabilities."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,12 +217,10 @@ class Student(HubMixin, nn.Module):
 
     def iter_predict(self, images: Sequence[ImageLike], top_k: int = 5) -> Iterator[Prediction]:
         """Like `predict` on a list, giving predictions batch by batch."""
+        count = min(top_k, len(self.class_names))
         for start in range(0, len(images), _BATCH):
             part = images[start : start + _BATCH]
-            logits = self.logits(part)
-            probabilities = logits.div(self.info.temperature).softmax(dim=-1)
-            values, rows = probabilities.topk(min(top_k, len(self.class_names)), dim=-1)
-            foreign = self._out_of_domain(logits)
+            values, rows, foreign = self._best(part, count)
             for item, value, row, odd in zip(
                 part, values.tolist(), rows.tolist(), foreign, strict=True
             ):
@@ -226,12 +228,31 @@ class Student(HubMixin, nn.Module):
                 names = tuple(self.class_names[r] for r in row)
                 yield Prediction(None if path is None else str(path), names, tuple(value), odd)
 
-    def _out_of_domain(self, logits: Tensor) -> list[bool | None]:
-        found = self.info.calibration
-        if found is None or found.threshold is None:
-            return [None] * len(logits)
-        odd: list[bool | None] = found.is_foreign(logits).tolist()
-        return odd
+    @torch.inference_mode()
+    def _best(
+        self, images: Sequence[ImageLike], count: int
+    ) -> tuple[Tensor, Tensor, list[bool | None]]:
+        """Of pictures (B): probabilities (B, k), class numbers (B, k), and what is out of domain."""
+        temperature, found = self.info.temperature, self.info.calibration
+        domain = found if found is not None and found.threshold is not None else None
+        foreign: list[bool | None] = [None] * len(images)
+        if len(self.class_names) < _MANY_CLASSES:
+            logits = self.logits(images)
+            rows = logits.topk(count, dim=-1).indices  # small probabilities may all be 0
+            values = logits.div(temperature).softmax(dim=-1).gather(1, rows)
+            if domain is not None:
+                foreign = domain.is_foreign(logits).tolist()
+            return values, rows, foreign
+        from promptkd.loss import top_k  # few classes need no kernels
+
+        features = self.encode_image(images)
+        scale = self.logit_scale / temperature
+        values, rows = top_k(features, self.class_vectors, count, scale=scale)
+        if domain is not None:
+            nearest = self.class_vectors[rows[:, 0]].double()
+            highest = self.logit_scale * torch.linalg.vecdot(features.double(), nearest)
+            foreign = domain.is_foreign_best(highest, values[:, 0]).tolist()
+        return values, rows, foreign
 
     def predict_proba(self, images: ImageLike | Sequence[ImageLike]) -> NDArray[np.float64]:
         """Probabilities (N, C) of pictures, rows in their order, columns in that of `class_names`.
