@@ -247,6 +247,21 @@ def test_threads_gather_the_same_rows_and_a_forked_process_too(built: Path) -> N
     assert status == 0
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of maps")
+def test_a_released_view_is_mapped_no_more(cache: Path) -> None:
+    def mapped() -> list[bool]:
+        text = Path("/proc/self/maps").read_text(encoding="utf-8")
+        return [f"{cache}/view-{view:03}/" in text for view in range(2)]
+
+    opened = FeatureCache.open(cache)
+    first = [opened.read("features", view) for view in range(2)]
+    assert mapped() == [True, True]
+    opened.release(0)
+    assert mapped() == [False, True]
+    opened.release(0)
+    assert torch.equal(opened.read("features", 0), first[0])
+
+
 def test_half_precision_and_order_of_the_list(
     teacher: Teacher, photos: Path, built: Path, tmp_path: Path
 ) -> None:

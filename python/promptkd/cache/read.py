@@ -165,9 +165,13 @@ class FeatureCache:
             raise self._explain(error) from error
 
     def release(self, view: int) -> None:
-        """Let the pages of a view go; they are read again when needed."""
-        if view in self._readers:
-            self._readers[view].advise(0, self.num_images, wanted=False)
+        """Let a view's files go, from memory and from what is mapped; reading opens them again.
+
+        A system maps some 65,000 files a process: many views of many shards don't fit at once.
+        """
+        reader = self._readers.pop(view, None)
+        if reader is not None:
+            reader.advise(0, self.num_images, wanted=False)  # somebody may still be reading
 
     def rows_of(self, images: ImageList) -> NDArray[np.int64]:
         """Row of the cache for each picture of a list.
@@ -248,7 +252,8 @@ class FeatureCache:
         reader.gather(name, wanted, flat, threads=self._threads)
 
     def _reader(self, view: int) -> _rust.CacheReader:
-        if view not in self._readers:
+        reader = self._readers.get(view)
+        if reader is None:
             if not (view == WHOLE or 0 <= view < self.num_views):
                 raise ValueError(f"view {view} of {self.num_views}")
             paths = [self.path / unit.name for unit in self.manifest.units(view)]
@@ -256,10 +261,10 @@ class FeatureCache:
                 "fingerprint": self.manifest.recipe.fingerprint(),
                 "view": view_name(view),
             }
-            self._readers[view] = _rust.CacheReader(
-                paths, self.manifest.starts(), expected, checks=self._checks
-            )
-        return self._readers[view]
+            starts = self.manifest.starts()
+            reader = _rust.CacheReader(paths, starts, expected, checks=self._checks)
+            self._readers[view] = reader
+        return reader
 
     def _sizes_by_name(self) -> dict[str, tuple[int, int]]:
         """Row and size in bytes of every picture."""
