@@ -144,7 +144,7 @@ $(STAMPS)/dependencies: $(STAMPS)/venv pyproject.toml
 
 # Editable: Python sources are used where they lie, so only Rust and pyproject.toml count.
 $(STAMPS)/extension: $(STAMPS)/dependencies $(RUST_SOURCES)
-	$(MATURIN) develop --release --locked --extras plots,tensorboard,datasets,export,serve
+	$(MATURIN) develop --release --locked --extras plots,tensorboard,datasets,export,serve,text
 	touch $@
 
 # The page of `promptkd serve` is driven in it.

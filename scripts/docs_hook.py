@@ -9,7 +9,7 @@ from typing import Any, get_args, get_type_hints
 from promptkd.cli import Command, main
 
 MARK = "<!-- the help of every command -->"
-_WIDTH = 88
+_WIDTH = 84  # of the page's code blocks
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
@@ -42,6 +42,10 @@ def help_of(command: str) -> str:
         if stop.code != 0:
             raise RuntimeError(f"promptkd {command} --help failed") from stop
     lines = shown.getvalue().strip().splitlines()
+    # Sentences come in one line; columns are laid out already, commands are there to be copied.
     return "\n".join(
-        "\n".join(textwrap.wrap(line, _WIDTH)) if len(line) > 100 else line for line in lines
+        "\n".join(textwrap.wrap(line, _WIDTH, break_on_hyphens=False))
+        if len(line) > _WIDTH and not line.startswith((" ", "Example: "))
+        else line
+        for line in lines
     )

@@ -2,14 +2,16 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import promptkd
 import pytest
 import tiny_families
 import torch
 from promptkd import DistillConfig, Student, TeachConfig, Teacher
-from promptkd.clip import load_clip
+from promptkd.clip import _tokenizer, load_clip
 from promptkd.errors import CheckpointError, ModelError
+from promptkd.loading import Loaded
 from promptkd.stages.progress import Progress
 from tiny import CLASSES, make_photos
 from tiny_families import FAMILIES, PROMPTED, UNPROMPTED, StubTokenizer
@@ -105,12 +107,15 @@ def test_a_student_needs_no_tokenizer(
     )
     assert made.clip.text is None
 
-    def offline(*_: object, **__: object) -> None:
+    def offline(*_: object, **__: object) -> Any:
         raise OSError("We couldn't connect to 'https://huggingface.co'")
 
     monkeypatch.setattr("open_clip.factory.HFTokenizer", offline)
-    with pytest.raises(ModelError, match=r"tokenizer of .* connect to the network once"):
+    with pytest.raises(ModelError, match=r"put its files \(tokenizer\.json.* into '.*small'"):
         load_clip(small)
+    named = Loaded("ViT-B-16-SigLIP/webli", None, {}, offline)
+    with pytest.raises(ModelError, match=r"tokenizer of .*webli.* connect to the network once"):
+        _tokenizer(named, True)
 
 
 def test_a_corrupt_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -179,9 +179,11 @@ def test_the_card_tells_of_the_run(student: Student, photos: Path, tmp_path: Pat
         "agreement with the teacher (%), after | 50 |",
         student.fingerprint(),
         student.info.teacher_fingerprint,
-        f"| temperature | {student.info.temperature:.4g} |",
+        f"| temperature of the probabilities | {student.info.temperature:.4g} |",
+        "(a local model)",
     ):
         assert text in card
+    assert "local-dir:" not in card  # folders of this machine are nobody's business
     plain = student.with_classes([*CLASSES, "a lemon"]).save_pretrained(tmp_path / "t")
     card = (plain / "README.md").read_text(encoding="utf-8")
     assert metadata_load(plain / "README.md")["license"] == "other"  # type: ignore[index]
@@ -216,7 +218,7 @@ def test_errors_are_one_sentence(
     for token in (None, "wrong", True):
         with pytest.raises(ModelError, match="log in with 'hf auth login', or pass a token"):
             student.push_to_hub(REPOSITORY, token=token, **reach)
-    with pytest.raises(ModelError, match="the hub can't be reached"):
+    with pytest.raises(ModelError, match=f"the hub can't be reached to send '{REPOSITORY}'"):
         student.push_to_hub(REPOSITORY, token="right", endpoint="http://127.0.0.1:9")
     assert REPOSITORY not in server.repositories
 

@@ -216,6 +216,8 @@ def test_a_student_folder(tmp_path: Path) -> None:
     text = " ".join(parse(write_report([folder], tmp_path / "r.html")).text)
     for shown in ("my student", "91.25", "95.0", "beef", "cafe", "70", "75.0 %", "Failed", "0.003"):
         assert shown in text, shown
+    # What is seen most often fills the width.
+    assert re.findall(r"width:([\d.]+)%", (tmp_path / "r.html").read_text()) == ["100.0", "33.3"]
 
 
 def test_by_command_and_bad_runs(

@@ -213,9 +213,14 @@ def _freeze_clip(
 
 
 def _tokenizer(loaded: Loaded, text: bool | Literal["optional"]) -> Tokenize | None:
+    """A model's tokenizer; None where it is optional and not to be had."""
     try:
         with quiet():
-            return loaded.tokenizer()
+            found = loaded.tokenizer()
+            # Where its files are missing, transformers may make one that knows no word.
+            if torch.equal(*found(["photo", "cat"])):
+                raise ModelError("it can't tell words apart")
+            return found
     except Exception as error:
         if text == "optional":
             return None
@@ -223,6 +228,9 @@ def _tokenizer(loaded: Loaded, text: bool | Literal["optional"]) -> Tokenize | N
         way_out = "connect to the network once, so that it can be downloaded"
         if isinstance(error, ImportError):
             way_out = "it needs the package transformers: pip install 'promptkd[text]'"
+        elif loaded.name.startswith("local-dir:"):
+            folder = loaded.name.partition(":")[2]
+            way_out = f"put its files (tokenizer.json, tokenizer_config.json) into '{folder}'"
         raise ModelError(
             f"the tokenizer of '{loaded.name}' is not to be had: {way_out} ({message})"
         ) from error

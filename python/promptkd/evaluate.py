@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from rich.table import Table
 from torch import Tensor
 
 from promptkd.calibration import reliability
 from promptkd.errors import DataError
 from promptkd.prompts import plain_name
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,8 @@ class Evaluation:
 
     def table(self) -> Table:
         """For a terminal: the accuracies, then the classes from worst to best."""
+        from rich.table import Table
+
         table = Table("", "accuracy %", title=f"{self.num_images} pictures")
         parts: dict[str, float | None] = {"top-1": self.top1, "top-5": self.top5}
         parts |= {"base": self.base, "novel": self.novel, "harmonic mean": self.harmonic_mean}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import tempfile
@@ -80,13 +81,10 @@ class HubMixin:
             license: for the card, as the hub spells it.
             results: for the card: accuracies by the name of the split they were measured on.
         """
-        return write(
-            cast("Student", self),
-            folder,
-            include_backbone=include_backbone,
-            license=license,
-            results=results,
-        )
+        student = cast("Student", self)
+        place = student.save(folder, include_backbone=include_backbone)
+        write_card(student, place, license=license, results=results)
+        return place
 
     def push_to_hub(
         self,
@@ -188,18 +186,17 @@ def fetch(
     return folder
 
 
-def write(
+def write_card(
     student: Student,
-    folder: str | os.PathLike[str],
+    folder: Path,
     *,
-    include_backbone: bool,
     license: str | None,
     results: Mapping[str, Evaluation] | None,
-) -> Path:
-    """A student's folder with its model card."""
-    place = student.save(folder, include_backbone=include_backbone)
-    write_bytes(place / CARD, model_card(student, license=license, results=results).encode())
-    return place
+    repository: str = "org/name",
+) -> None:
+    """A student's model card into its folder."""
+    card = model_card(student, license=license, results=results, repository=repository)
+    write_bytes(folder / CARD, card.encode())
 
 
 def push(
@@ -231,7 +228,8 @@ def push(
         )
 
     with tempfile.TemporaryDirectory() as folder:
-        write(student, folder, include_backbone=include_backbone, license=license, results=results)
+        place = student.save(folder, include_backbone=include_backbone)
+        write_card(student, place, license=license, results=results, repository=repository)
         return _asked(lambda: send(folder), repository, None)
 
 
@@ -239,6 +237,8 @@ def _asked(ask: Callable[[], T], repository: str, file: str | None) -> T:
     """Ask the hub; its many errors become one sentence each."""
     from huggingface_hub import errors
 
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # each of its attempts would be told twice
     try:
         return ask()
     except errors.GatedRepoError as error:
@@ -253,7 +253,7 @@ def _asked(ask: Callable[[], T], repository: str, file: str | None) -> T:
     except errors.RevisionNotFoundError as error:
         raise ModelError(f"'{repository}' has no such revision") from error
     except errors.LocalEntryNotFoundError as error:
-        raise ModelError(_no_network(repository)) from error
+        raise ModelError(_no_network(repository, file)) from error
     except errors.EntryNotFoundError as error:
         raise CheckpointError(
             f"'{repository}' on the hub holds no student: it has no {file}"
@@ -268,14 +268,18 @@ def _asked(ask: Callable[[], T], repository: str, file: str | None) -> T:
     except OSError as error:
         if error.errno is not None and not isinstance(error, ConnectionError | TimeoutError):
             raise CheckpointError(f"'{repository}' can't be stored here: {error}") from error
-        raise ModelError(_no_network(repository)) from error
+        raise ModelError(_no_network(repository, file)) from error
     except Exception as error:
         if "onnect" in type(error).__name__ or "Timeout" in type(error).__name__:
-            raise ModelError(_no_network(repository)) from error
+            raise ModelError(_no_network(repository, file)) from error
         raise
+    finally:
+        logging.disable(level)
 
 
-def _no_network(repository: str) -> str:
+def _no_network(repository: str, file: str | None) -> str:
+    if file is None:
+        return f"the hub can't be reached to send '{repository}'; connect to the network"
     return (
         f"'{repository}' is not in the local cache and the hub can't be reached; connect to the "
         "network once, or name a student's folder"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,6 +12,13 @@ if TYPE_CHECKING:
     from promptkd.student import Student
 
 _SHOWN_CLASSES = 200
+_SETTINGS = {
+    "batch_size": "batch size",
+    "lr": "learning rate",
+    "temperature": "temperature of distilling",
+    "kd_weight": "weight of the loss",
+    "seed": "seed",
+}
 
 
 def model_card(
@@ -18,6 +26,7 @@ def model_card(
     *,
     license: str | None = None,
     results: Mapping[str, Evaluation] | None = None,
+    repository: str = "org/name",
 ) -> str:
     """The card of a student, in Markdown with the hub's metadata, written from its run.
 
@@ -26,19 +35,21 @@ def model_card(
         license: as the hub spells it, "mit" for example; default: "other", since the weights of
             the backbone have their own.
         results: accuracies by the name of the split they were measured on.
+        repository: where the student will be found.
     """
+    tower = _public(student.clip.name)
     parts = [
         _front_matter(student, license),
         f"# A student for {len(student.class_names)} classes\n",
-        f"Classifies pictures. {student.clip.name} with learned prompts and a projector, distilled "
-        f"without labels from {student.info.teacher or 'a teacher'} by PromptKD.\n",
-        _use(student),
+        f"Classifies pictures. {tower} with learned prompts and a projector, distilled without "
+        f"labels from {_public(student.info.teacher) or 'a teacher'} by PromptKD.\n",
+        _use(repository),
         _classes(student),
         _training(student),
         _numbers(student, results or {}),
         "## Licence\n\n"
         + (f"{license}. " if license else "Not stated by its maker. ")
-        + f"The frozen image tower is that of {student.clip.name} and keeps its own licence.\n",
+        + f"The frozen image tower is that of {tower} and keeps its own licence.\n",
         _fingerprints(student),
     ]
     return "\n".join(parts)
@@ -58,10 +69,16 @@ def _front_matter(student: Student, license: str | None) -> str:
     return "\n".join(lines)
 
 
-def _use(student: Student) -> str:
+def _public(name: str) -> str:
+    """A model's name without the folders of the machine that it was loaded from."""
+    local = name.startswith("local-dir:") or name.endswith((".pt", ".pth", ".bin", ".safetensors"))
+    return f"{PurePath(name).name} (a local model)" if local else name
+
+
+def _use(repository: str) -> str:
     return (
         "## How to use\n\n```python\nfrom promptkd import Student\n\n"
-        'student = Student.from_pretrained("org/name")  # this repository\n'
+        f'student = Student.from_pretrained("{repository}")\n'
         'print(student.predict("photo.jpg").labels)\n```\n\n'
         "Other class names, without training: `student.with_classes([...])`.\n"
     )
@@ -80,11 +97,11 @@ def _training(student: Student) -> str:
     summary = student.info.summary
     config = summary.get("config") or {}
     rows = {
-        "teacher": student.info.teacher,
+        "teacher": _public(student.info.teacher),
         "unlabelled pictures learned from": summary.get("num_images"),
         "pictures kept aside": summary.get("num_holdout"),
         "steps": summary.get("steps"),
-        **{k: config.get(k) for k in ("batch_size", "lr", "temperature", "kd_weight", "seed")},
+        **{shown: config.get(key) for key, shown in _SETTINGS.items()},
     }
     return "## Data and training\n\n" + _table(("", "value"), rows)
 
@@ -105,7 +122,7 @@ def _numbers(student: Student, results: Mapping[str, Evaluation]) -> str:
     if found is not None:
         by = f"calibration error (%) on {found.num_images} pictures, by {found.targets}"
         rows |= {f"{by}, T = 1": found.before.error, by: found.after.error}
-        rows["temperature"] = found.temperature
+        rows["temperature of the probabilities"] = found.temperature
     return "## Numbers\n\n" + _table(("measured on", "value"), rows)
 
 

@@ -188,7 +188,10 @@ def _page(gradio: Any, trial: Trial) -> Any:
             with gradio.Column(scale=2):
                 answer = gradio.HTML(trial.answer(None, "\n".join(trial.student.class_names)))
         for event in (files.change, button.click):
-            event(trial.answer, [files, names], answer, concurrency_limit=1)
+            # One answer at a time, of both together: they share the students of edited lists.
+            event(
+                trial.answer, [files, names], answer, concurrency_limit=1, concurrency_id="answer"
+            )
     return page
 
 

@@ -99,13 +99,13 @@ def _class(cell: str, head: str) -> str:
     return f' class="{name}"' if name else ""
 
 
-def class_bars(classes: Sequence[tuple[str, float, int]]) -> str:
-    """One bar a class: (name, accuracy in percent, pictures)."""
+def class_bars(classes: Sequence[tuple[str, float, int]], full: float = 100) -> str:
+    """One bar a class: (name, percent, pictures); `full` percent fill the width."""
     rows = "".join(
-        f"<b>{escape(name)}</b>"
-        f'<span class="track" title="{count} pictures"><span class="fill" style="width:{accuracy:.1f}%">'
-        f"</span></span><span>{accuracy:.1f} %</span>"
-        for name, accuracy, count in classes
+        f'<b>{escape(name)}</b><span class="track" title="{count} pictures">'
+        f'<span class="fill" style="width:{100 * share / full:.1f}%"></span></span>'
+        f"<span>{share:.1f} %</span>"
+        for name, share, count in classes
     )
     return f'<div class="classes">{rows}</div>'
 

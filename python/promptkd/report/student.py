@@ -12,6 +12,7 @@ from promptkd.report.charts import line_chart, reliability_chart
 from promptkd.report.page import class_bars, table
 
 _NONE = "\N{EN DASH}"
+_SHOWN = 20  # classes that the teacher sees most often
 
 
 def student_section(data: Mapping[str, Any], run: Path) -> str:
@@ -42,7 +43,11 @@ def student_section(data: Mapping[str, Any], run: Path) -> str:
     if seen:
         total = max(sum(seen.values()), 1)
         rows = [(n, 100 * c / total, c) for n, c in sorted(seen.items(), key=lambda kv: -kv[1])]
-        parts += ["<h3>What the teacher sees in the pictures</h3>", class_bars(rows[:20])]
+        shown = (
+            "" if len(rows) <= _SHOWN else f", the {_SHOWN} most frequent of {len(rows)} classes"
+        )
+        parts.append(f"<h3>What the teacher sees in the pictures{shown}</h3>")
+        parts.append(class_bars(rows[:_SHOWN], full=max(rows[0][1], 1)))
     facts = {
         "teacher fingerprint": data["teacher_fingerprint"],
         "backbone hash": data["image_hash"],

@@ -7,11 +7,10 @@ import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
 
 _LINE_SECONDS = 10.0
 _LOG_EVERY = 50
@@ -21,6 +20,8 @@ class Progress:
     """Reports steps; `quiet` keeps the log and drops the rest. Everything goes to stderr."""
 
     def __init__(self, *, quiet: bool = False, tensorboard: bool = False) -> None:
+        from rich.console import Console
+
         self.console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
         self._quiet = quiet
         self._tensorboard = tensorboard
@@ -48,14 +49,7 @@ class Progress:
         if done:
             self.say(f"{stage}: going on at step {done} of {num_steps}")
         if self.console.is_terminal and not self._quiet:
-            self._bar = Bar(
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[values]}"),
-                TimeRemainingColumn(),
-                console=self.console,
-            )
+            self._bar = _bar(self.console)
             self._bar.start()
             self._task = self._bar.add_task(stage, total=num_steps, completed=done, values="")
 
@@ -101,6 +95,20 @@ class Progress:
 
 
 _SHOWN = ("loss", "agreement", "lr")
+
+
+def _bar(console: Any) -> Bar:
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+
+    return Bar(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[values]}"),
+        TimeRemainingColumn(),
+        console=console,
+    )
 
 
 def _truncate_log(path: Path, done: int) -> None:
