@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from promptkd import DistillConfig, Student, distill
+from promptkd.class_names import PublishedNames
 from promptkd.classes import ClassList, edit_folder, read_classes
 from promptkd.cli import main
 from promptkd.clip import load_clip
 from promptkd.convert import with_class_names
-from promptkd.data.sources import PublishedNames
 from promptkd.errors import CheckpointError, DataError, ModelError
 from promptkd.prompts import DeepPrompts
 from promptkd.stages.distill import new_student

@@ -55,6 +55,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "towers",
         "text_tower",
         "prompts",
+        "class_names",
         "blocks",
         "attention",
         "frozen",

@@ -17,12 +17,15 @@ import torch
 from PIL import Image
 from promptkd import DistillConfig, Student, TeachConfig, build_cache, distill, teach
 from promptkd.cli import main
+from promptkd.clip import load_clip
 from promptkd.data.pictures import read_pictures
 from promptkd.data.shards import expand
 from promptkd.data.sources import labelled, unlabelled
 from promptkd.doctor.data import look_at_data
 from promptkd.errors import DataError, ImageError
+from promptkd.stages.distill import new_student
 from promptkd.stages.progress import Progress
+from promptkd.teacher import zero_shot_teacher
 from tiny import CLASSES, Models
 from torch.utils.data import Dataset, IterableDataset, Subset
 
@@ -219,6 +222,53 @@ def test_by_command(
         code, shown = main(call), capsys.readouterr()
         assert code == 0 or "less than before distilling" in shown.err, shown.err
     assert json.loads(shown.out)["num_images"] == len(items)
+
+
+def test_predicting_takes_shards_lists_and_patterns(
+    items: list[Item],
+    models: Models,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The same answers as for the files, each picture under a name of its own."""
+    shards = write_shards(tmp_path / "shards", items)
+    table = write_parquet(tmp_path / "list.parquet", items)
+    (tmp_path / "list.txt").write_text("\n".join(str(path) for path, _ in items))
+    teacher = zero_shot_teacher(load_clip(models.teacher), CLASSES, ("a photo of a {}.",))
+    student = new_student(load_clip(models.student), teacher, DistillConfig(prompt_depth=2))
+    folder = str(student.eval().save(tmp_path / "student", include_backbone=True))
+    files = [str(path) for path, _ in items]
+    expected = {found.path: found.labels for found in student.iter_predict(files)}
+    in_shards = [file for shard in range(3) for file in files[shard::3]]
+    copies = sorted(str(path) for path in (tmp_path / "files").iterdir())
+    cases: list[tuple[list[str], list[str]]] = [
+        (shards, in_shards),
+        ([f"{tmp_path}/shards/photos-{{000..002}}.tar"], in_shards),
+        ([f"{tmp_path}/shards/*.tar"], in_shards),
+        ([f"{tmp_path}/shards"], in_shards),
+        ([str(table)], files),
+        ([str(tmp_path / "list.txt"), shards[0], files[3]], [*files, *files[::3], files[3]]),
+        ([f"{tmp_path}/files/*"], [files[int(Path(copy).stem)] for copy in copies]),
+    ]
+    for places, truth in cases:
+        output = str(tmp_path / "p.jsonl")
+        assert main(["predict", folder, *places, "--output", output]) == 0, capsys.readouterr().err
+        rows = [json.loads(line) for line in Path(output).read_text().splitlines()]
+        assert [tuple(row["labels"]) for row in rows] == [expected[file] for file in truth]
+        if len(places) == 1:
+            assert len({row["path"] for row in rows}) == len(items)
+    one = student.predict(shards[0])
+    assert isinstance(one, list)
+    assert one[1].path == f"{shards[0]}/001"
+    assert student.logits(shards[0]).shape == (len(items[::3]), len(CLASSES))
+    capsys.readouterr()
+    for places, message in (
+        ([f"{tmp_path}/none/*.tar"], "no file has a name like"),
+        ([f"{tmp_path}/none.tar"], "none.tar"),
+        ([f"{tmp_path}/none.jpg"], "none.jpg"),
+    ):
+        assert main(["predict", folder, *places]) == 1
+        assert message in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- numbers and names

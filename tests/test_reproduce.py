@@ -26,8 +26,9 @@ from promptkd.benchmarks.reproduce.summary import (
     terminal_table,
 )
 from promptkd.benchmarks.reproduce.teachers import teacher_warning
+from promptkd.class_names import PublishedNames, check_class_names
 from promptkd.cli import main
-from promptkd.data.sources import ImageList, PublishedNames, check_class_names, pictures_in
+from promptkd.data.sources import ImageList, pictures_in
 from promptkd.errors import CheckpointError, DataError
 from promptkd.stages.distill import DistillConfig, distill
 from promptkd.stages.progress import Progress

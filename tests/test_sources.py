@@ -7,15 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from promptkd.data.sources import (
-    ImageList,
-    check_class_names,
-    few_shot,
-    labelled,
-    read_class_names,
-    read_split,
-    unlabelled,
-)
+from promptkd.class_names import check_class_names, read_class_names
+from promptkd.data.sources import ImageList, few_shot, labelled, read_split, unlabelled
 from promptkd.errors import DataError
 from tiny import CLASSES
 

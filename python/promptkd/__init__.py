@@ -1,6 +1,7 @@
 """Turn a large CLIP into a small, fast classifier for your own pictures, without labels."""
 
 from promptkd.cache import FeatureCache, build_cache
+from promptkd.class_names import ClassName
 from promptkd.errors import PromptKDError
 from promptkd.evaluate import Evaluation
 from promptkd.stages.distill import DistillConfig, distill
@@ -9,6 +10,7 @@ from promptkd.student import Prediction, Student
 from promptkd.teacher import Teacher
 
 __all__ = [
+    "ClassName",
     "DistillConfig",
     "Evaluation",
     "FeatureCache",

@@ -23,7 +23,7 @@ class WhichTeacher:
     teacher: str = "ViT-L-14/openai"
     """A teacher folder made by 'promptkd teach', or a CLIP's name (zero-shot)."""
     classes: Path | None = None
-    """A file with one class name a line; a teacher folder brings its own."""
+    """A file of class names, as for 'promptkd distill'; a teacher folder brings its own."""
     templates: tuple[str, ...] = ("a photo of a {}.",)
     """Templates of a zero-shot teacher's text features."""
     precision: str = "fp32"
@@ -33,8 +33,8 @@ class WhichTeacher:
 
     def load(self) -> Any:
         """The teacher in memory."""
+        from promptkd.class_names import read_class_names
         from promptkd.clip import load_clip
-        from promptkd.data.sources import read_class_names
         from promptkd.ranks import pick_device
         from promptkd.teacher import Teacher, zero_shot_teacher
 

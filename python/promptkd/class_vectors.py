@@ -12,9 +12,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from promptkd.class_names import plain_name, texts_of
 from promptkd.clip import Clip, hash_tensors, load_clip
 from promptkd.errors import CheckpointError, ModelError
-from promptkd.prompts import DeepPrompts, PromptedNames, plain_name, stacked_prompts
+from promptkd.prompts import (
+    DeepPrompts,
+    PromptedNames,
+    mean_by_class,
+    stacked_prompts,
+    tokenize_whole,
+)
 
 _TEXT_CHUNK = 256
 _TENSORS = "text_prompts"
@@ -22,7 +29,7 @@ _TENSORS = "text_prompts"
 
 def unit(features: Tensor) -> Tensor:
     """Rows of unit length, in float32 (float64 stays)."""
-    wide = features if features.dtype == torch.float64 else features.float()
+    wide = _wide(features)
     normed: Tensor = wide / wide.norm(dim=-1, keepdim=True)
     return normed
 
@@ -35,23 +42,53 @@ def prompted_class_vectors(
     tower = clip.need_prompted_text("compute class vectors behind text prompts")
     names = PromptedNames(class_names, template, prompts.num_prompts, clip.tokenize)
     chunks = names.tokens.split(_TEXT_CHUNK)
-    return torch.cat([unit(tower(tower.cut(c).to(clip.device), prompts())) for c in chunks])
+    raw = torch.cat([_wide(tower(tower.cut(c).to(clip.device), prompts())) for c in chunks])
+    return unit(mean_by_class(raw, names.counts))
 
 
 @torch.no_grad()
 def ensemble_features(clip: Clip, class_names: Sequence[str], templates: Sequence[str]) -> Tensor:
-    """Mean over templates of raw (not normalised) text features, (C, D), as PromptSRC's t0."""
-    tower = clip.need_text("compute class vectors")
-    total: Tensor | None = None
-    for template in templates:
-        tokens = clip.tokenize([template.format(plain_name(n)) for n in class_names])
-        chunks = tokens.split(_TEXT_CHUNK)
-        raw = torch.cat([tower(tower.cut(c).to(clip.device)) for c in chunks])
-        raw = raw if raw.dtype == torch.float64 else raw.float()
-        total = raw if total is None else total + raw
-    if total is None:
+    """Mean over templates of raw (not normalised) text features, (C, D), as PromptSRC's t0.
+
+    Of a name with texts of its own: the mean over its templates, or the general ones if it has
+    none, and its descriptions.
+    """
+    if not templates:
         raise ModelError("zero-shot class vectors need at least one template")
-    return total / len(templates)
+    own = [row for row, name in enumerate(class_names) if texts_of(name) is not None]
+    plain = [row for row, name in enumerate(class_names) if texts_of(name) is None]
+    parts = []
+    if plain or not own:
+        names = [plain_name(class_names[row]) for row in plain]
+        total = _raw_features(clip, [templates[0].format(name) for name in names])
+        for template in templates[1:]:
+            total = total + _raw_features(clip, [template.format(name) for name in names])
+        parts.append(total / len(templates))
+    if own:
+        parts.append(_features_of_texts(clip, [class_names[row] for row in own], templates))
+    order = torch.tensor([*plain, *own]).argsort()
+    return torch.cat(parts)[order.to(clip.device)] if own else parts[0]
+
+
+def _features_of_texts(clip: Clip, names: Sequence[str], templates: Sequence[str]) -> Tensor:
+    sentences = []
+    for name in names:
+        own, descriptions = texts_of(name) or ((), ())
+        named = [t.format(plain_name(name)) for t in own or templates]
+        sentences.append([*named, *descriptions])
+    raw = _raw_features(clip, [text for texts in sentences for text in texts], names)
+    return mean_by_class(raw, torch.tensor([len(texts) for texts in sentences]))
+
+
+def _raw_features(clip: Clip, sentences: Sequence[str], names: Sequence[str] = ()) -> Tensor:
+    """Text features (S, D), not normalised; of `names` with texts no sentence may be cut short."""
+    tower = clip.need_text("compute class vectors")
+    chunks = tokenize_whole(clip.tokenize, sentences, names).split(_TEXT_CHUNK)
+    return torch.cat([_wide(tower(tower.cut(c).to(clip.device))) for c in chunks])
+
+
+def _wide(features: Tensor) -> Tensor:
+    return features if features.dtype == torch.float64 else features.float()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

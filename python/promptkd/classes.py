@@ -13,12 +13,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from promptkd.class_names import (
+    PublishedNames,
+    check_class_names,
+    names_from_json,
+    plain_name,
+    texts_as_json,
+    texts_of,
+    with_texts_of,
+)
 from promptkd.class_vectors import TextSide, is_folder_of
 from promptkd.clip import Clip, hash_tensors
-from promptkd.data.sources import PublishedNames, check_class_names
 from promptkd.errors import CheckpointError, DataError
 from promptkd.files import BACKBONE_FILE, STUDENT, TEACHER, copy_file, read_folder, write_folder
-from promptkd.prompts import plain_name
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,7 +50,8 @@ class ClassList:
         """These classes in this order: known ones keep their vectors, to the bit.
 
         Args:
-            names: what to tell apart from now on; "_" and blanks count as the same.
+            names: what to tell apart from now on; "_" and blanks count as the same. A known name
+                that comes with other texts (`ClassName`) than it had is a new one.
             teacher: where the vectors of new names come from: a teacher folder, a `Teacher`, or
                 the CLIP (name, path or object) whose text tower the stored prompts belong to;
                 default: that CLIP by its stored name.
@@ -59,6 +67,10 @@ class ClassList:
         places = iter(range(len(self.names), len(self.names) + len(new)))
         picked = [next(places) if row is None else row for row in rows]
         vectors = torch.cat([self.vectors, made])[picked]
+        names = [
+            name if row is None else with_texts_of(name, self.names[row])
+            for name, row in zip(names, rows, strict=True)
+        ]
         late = {*new, *(name for name, row in zip(names, rows, strict=True) if self._late(row))}
         return replace(
             self,
@@ -88,14 +100,17 @@ class ClassList:
         """
         names = list(self.names)
         for old, new in changes.items():
-            names[self._place(old)] = new
+            place = self._place(old)
+            names[place] = with_texts_of(new, self.names[place])
         self._check(names)
         late = {names[row] for row in range(len(names)) if self._late(row)}
         return replace(self, names=tuple(names), added=tuple(n for n in names if n in late))
 
     def digest(self) -> str:
         """Digest of names and vectors: what belongs together."""
-        return hash_tensors({"class_vectors": self.vectors}, repr(self.names))
+        texts = texts_as_json(self.names)
+        key = repr(self.names) + (repr(texts) if texts else "")
+        return hash_tensors({"class_vectors": self.vectors}, key)
 
     def store(self, tensors: dict[str, Tensor], data: dict[str, Any]) -> None:
         """Put the classes into a student folder's tensors and JSON data, in place of others."""
@@ -103,7 +118,8 @@ class ClassList:
         side = self.text_side
         if side is not None:
             tensors |= side.tensors()
-        data["class_names"] = list(self.names)
+        data["class_names"] = [str(name) for name in self.names]
+        data["class_texts"] = texts_as_json(self.names)
         data["added_classes"] = list(self.added)
         data["classes_digest"] = self.digest()
         data["text_side"] = None if side is None else side.as_json()
@@ -118,7 +134,7 @@ class ClassList:
         side = data.get("text_side")
         try:
             found = cls(
-                tuple(data["class_names"]),
+                names_from_json(data),
                 tensors["class_vectors"],
                 None if side is None else TextSide.read(side, tensors, path),
                 tuple(data.get("added_classes", ())),
@@ -141,9 +157,12 @@ class ClassList:
         places: dict[str, list[int]] = defaultdict(list)
         for row, name in enumerate(self.names):
             places[plain_name(name)].append(row)
-        return [
-            places[key].pop(0) if places[key] else None for key in (plain_name(n) for n in names)
-        ]
+        rows: list[int | None] = []
+        for name in names:
+            left = places[plain_name(name)]
+            known = bool(left) and _same_texts(name, self.names[left[0]])
+            rows.append(left.pop(0) if known else None)
+        return rows
 
     def _check(self, names: Sequence[str]) -> None:
         """Names must not repeat, but for those that repeated before (a published list's)."""
@@ -184,16 +203,21 @@ class ClassList:
 
     def _vectors_here(self, names: Sequence[str], clip: Clip | None) -> Tensor:
         """A teacher's vectors: stored ones where it knows the name, else computed."""
-        rows = {plain_name(name): row for row, name in enumerate(self.names)}
-        new = [name for name in names if plain_name(name) not in rows]
-        known = self.vectors[[rows[plain_name(n)] for n in names if plain_name(n) in rows]]
+        places = {plain_name(name): row for row, name in enumerate(self.names)}
+        rows = [places.get(plain_name(name)) for name in names]
+        rows = [
+            row if row is not None and _same_texts(name, self.names[row]) else None
+            for name, row in zip(names, rows, strict=True)
+        ]
+        new = [name for name, row in zip(names, rows, strict=True) if row is None]
+        known = self.vectors[[row for row in rows if row is not None]]
         if not new:
             return known
         side = self.text_side
         assert side is not None
         made = side.compute(clip or side.load_clip(device=self.vectors.device), new).to(known)
         lots = {True: iter(known), False: iter(made)}
-        return torch.stack([next(lots[plain_name(name) in rows]) for name in names])
+        return torch.stack([next(lots[row is not None]) for row in rows])
 
     def _check_same(self, teacher: ClassList) -> None:
         """The vectors must be made by what made the student's own."""
@@ -213,6 +237,11 @@ class ClassList:
                 f"this teacher (on '{theirs.model}') is not the one whose class vectors the student "
                 "learned; new vectors of another teacher would mean nothing to it"
             )
+
+
+def _same_texts(asked: str, known: str) -> bool:
+    """Whether a name is asked for as it is known: a bare one takes whatever texts it has."""
+    return texts_of(asked) in (None, texts_of(known))
 
 
 def read_classes(path: str | os.PathLike[str]) -> ClassList:
@@ -263,7 +292,7 @@ def _classes_of(teacher: Any) -> tuple[ClassList, Clip | None] | None:
     if is_folder_of("teacher", teacher):
         tensors, data = read_folder(teacher, "teacher", TEACHER)
         side = TextSide.read(data, tensors, teacher)
-        return ClassList(tuple(data["class_names"]), tensors["class_vectors"], side), None
+        return ClassList(names_from_json(data), tensors["class_vectors"], side), None
     if hasattr(teacher, "text_side"):
         classes = ClassList(teacher.class_names, teacher.class_vectors, teacher.text_side())
         return classes, None if teacher.clip.text is None else teacher.clip

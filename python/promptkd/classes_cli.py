@@ -58,7 +58,7 @@ class Add:
     names: tyro.conf.Positional[tuple[str, ...]] = ()
     """The new names."""
     classes: Path | None = None
-    """A file with one new name a line."""
+    """A file of new names, as for 'promptkd distill'."""
     teacher: str | None = None
     """The teacher's folder, or the place of its CLIP, when that is not found by its stored name."""
     output: Output = None
@@ -66,7 +66,7 @@ class Add:
 
     def run(self) -> None:
         """Write the student."""
-        from promptkd.data.sources import read_class_names
+        from promptkd.class_names import read_class_names
 
         names = (*self.names, *(read_class_names(self.classes) if self.classes else ()))
         if not names:

@@ -75,7 +75,8 @@ class Teach:
     output: Path
     """Folder for the teacher, its checkpoints and log."""
     classes: Path | None = None
-    """A file with one class name a line; default: the folder's classes."""
+    """A file of class names, one a line, or CSV, TSV, JSONL or JSON with templates and descriptions
+    of each; default: the folder's classes."""
     resume: bool = False
     """Go on with the run in the output folder."""
     device: Device = None
@@ -124,7 +125,8 @@ class Distill:
     output: Path
     """Folder for the student, its checkpoints and log."""
     classes: Path | None = None
-    """A file with one class name a line; a teacher folder brings its own."""
+    """A file of class names, one a line, or CSV, TSV, JSONL or JSON with templates and descriptions
+    of each; a teacher folder brings its own."""
     labelled: str | None = None
     """A few labelled pictures: run stage 1 first, on the teacher's CLIP."""
     validation: str | None = None
@@ -181,7 +183,7 @@ class Predict:
     student: tyro.conf.Positional[str]
     """A student folder, or 'hf://org/name'."""
     paths: tyro.conf.Positional[tuple[str, ...]]
-    """Pictures and folders of pictures."""
+    """Pictures, folders of pictures, files that list them, tar shards."""
     top_k: int = 5
     """Classes to name a picture."""
     output: Path | None = None
@@ -193,7 +195,7 @@ class Predict:
 
     def run(self) -> None:
         """Print or write predictions."""
-        from promptkd.data.sources import pictures_in
+        from promptkd.data.inputs import together
         from promptkd.ranks import pick_device
 
         if not self.paths:
@@ -203,8 +205,7 @@ class Predict:
         student = open_student(
             self.student, backbone=self.backbone, device=pick_device(self.device)
         )
-        items = [p for path in self.paths for p in _pictures(path, pictures_in)]
-        rows = (asdict(p) for p in student.iter_predict(items, self.top_k))
+        rows = (asdict(p) for p in student.iter_predict(together(self.paths), self.top_k))
         if self.output is not None:
             count = _write_rows(self.output, rows, min(self.top_k, len(student.class_names)))
             _print(
@@ -305,13 +306,9 @@ def _progress(quiet: bool, tensorboard: bool = False) -> Any:
 
 
 def _class_names(path: Path | None) -> tuple[str, ...] | None:
-    from promptkd.data.sources import read_class_names
+    from promptkd.class_names import read_class_names
 
     return None if path is None else read_class_names(path)
-
-
-def _pictures(path: str, pictures_in: Any) -> list[str]:
-    return list(pictures_in(Path(path)).paths) if Path(path).is_dir() else [path]
 
 
 def _write_rows(path: Path, rows: Iterable[dict[str, Any]], top_k: int) -> int:

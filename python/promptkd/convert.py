@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from promptkd import official
+from promptkd.class_names import check_class_names
 from promptkd.class_vectors import prompted_class_vectors
 from promptkd.clip import Clip, load_clip
-from promptkd.data.sources import check_class_names
 from promptkd.errors import CheckpointError, DataError
 from promptkd.official import OfficialCheckpoint
 from promptkd.prompts import DeepPrompts

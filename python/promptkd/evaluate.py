@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from promptkd.calibration import reliability
+from promptkd.class_names import plain_name
 from promptkd.errors import DataError
-from promptkd.prompts import plain_name
 
 if TYPE_CHECKING:
     from rich.table import Table

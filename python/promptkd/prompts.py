@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from promptkd.class_names import plain_name, texts_of
 from promptkd.errors import CheckpointError, ModelError
 
 INIT_STD = 0.02
@@ -88,8 +89,12 @@ def _num_alike(rows: Tensor) -> int:
 class PromptedNames:
     """Class names tokenised into a template whose leading words the text prompts replace.
 
+    A name with texts of its own gives several rows: its templates' words after the name stand in
+    place of the template's, and each description follows the sentence with the name.
+
     Attributes:
-        tokens: (C, L) ids: start tokens, P context slots, the rest of the sentence, padding.
+        tokens: (S, L) ids: start tokens, P context slots, the rest of the sentence, padding.
+        counts: (C,) rows of each class, which follow each other; None where each has one, S = C.
         context: (P,) ids of the words that the prompts start from.
     """
 
@@ -107,23 +112,55 @@ class PromptedNames:
         rows = tokenize([alone, f"{alone} photo", f"{alone} cat"])
         start, rest = rows[0, :first], _num_alike(rows)
         words = rows[0, first:rest]
-        full = tokenize([template.format(plain_name(name)) for name in names])
+        sentences = [_prompted_sentences(name, template) for name in names]
+        counts = [len(texts) for texts in sentences]
+        self.counts = torch.tensor(counts) if max(counts) > 1 else None
+        full = tokenize_whole(tokenize, [text for texts in sentences for text in texts], names)
         if not bool((full[:, :rest] == torch.cat([start, words])).all()):
             raise ModelError(
                 f"the words of the template '{template}' before '{{}}' merge with a name"
             )
         # More prompts than words: start from the words again, in a circle.
         self.context = words[torch.arange(num_prompts) % len(words)]
-        slots = self.context.expand(len(names), -1)
+        slots = self.context.expand(len(full), -1)
         padding = tokenize(["photo"])[0, -1]
         tokens = torch.cat([full[:, :first], slots, full[:, rest:]], dim=1)
         length = full.shape[1]
         if bool((tokens[:, length:] != padding).any()):
             raise ModelError(f"{num_prompts} prompts leave no room for the longest class name")
-        missing = padding.expand(len(names), max(0, length - tokens.shape[1]))
+        missing = padding.expand(len(full), max(0, length - tokens.shape[1]))
         self.tokens = torch.cat([tokens[:, :length], missing], dim=1)
 
 
-def plain_name(name: str) -> str:
-    """A class name as it stands in a sentence: underscores become blanks."""
-    return name.replace("_", " ")
+def tokenize_whole(tokenize: Tokenize, sentences: Sequence[str], names: Sequence[str]) -> Tensor:
+    """Sentences as token ids (S, L); of names with texts, all of every sentence must fit.
+
+    Raises:
+        ModelError: a sentence that the text tower would read only the beginning of.
+    """
+    tokens = tokenize(sentences)
+    if any(texts_of(name) is not None for name in names):
+        cut = (tokens[:, -1] != tokenize(["photo"])[0, -1]).nonzero().flatten().tolist()
+        if cut:
+            raise ModelError(
+                f"'{sentences[cut[0]]}' is longer than the {tokens.shape[1]} tokens that the text "
+                "tower reads; shorten this template or description"
+            )
+    return tokens
+
+
+def _prompted_sentences(name: str, template: str) -> list[str]:
+    texts, plain = texts_of(name), plain_name(name)
+    if texts is None:
+        return [template.format(plain)]
+    prefix, _, end = template.partition("{}")
+    ends = dict.fromkeys(t.partition("{}")[2] for t in texts[0]) or {end: None}
+    named = [f"{prefix}{plain}{own_end}" for own_end in ends]
+    return [*named, *(f"{named[0]} {description}" for description in texts[1])]
+
+
+def mean_by_class(rows: Tensor, counts: Tensor | None) -> Tensor:
+    """Mean over the rows (S, D) of each class, (C, D); counts (C,) of them, None for one each."""
+    if counts is None:
+        return rows
+    return torch.segment_reduce(rows, "mean", lengths=counts.to(rows.device), axis=0)

@@ -164,7 +164,7 @@ class Convert:
     output: Path
     """The folder to write."""
     classes: Path | None = None
-    """For a teacher: a file with one class name a line, in label order."""
+    """For a teacher: a file of class names in label order, one a line."""
     dataset: str | None = None
     """For a teacher, instead of --classes: one of the paper's datasets, read from --root."""
     root: Path | None = None
@@ -194,7 +194,7 @@ class Convert:
 
     def _names(self) -> tuple[str, ...] | None:
         from promptkd.benchmarks import load
-        from promptkd.data.sources import PublishedNames, read_class_names
+        from promptkd.class_names import PublishedNames, read_class_names
 
         if (self.dataset is None) != (self.root is None) or (self.dataset and self.classes):
             raise DataError("give --classes, or --dataset and --root together")

@@ -35,7 +35,7 @@ class Work:
     student: str | None = None
     """The small CLIP; default: ViT-B-16/openai, or the demo's student."""
     classes: Path | None = None
-    """A file with one class name a line; a teacher folder brings its own."""
+    """A file of class names, as for 'promptkd distill'; a teacher folder brings its own."""
     device: str | None = None
     """'cpu', 'cuda', …; default: the GPU if there is one."""
     config: tyro.conf.OmitArgPrefixes[DistillConfig] = field(default_factory=DistillConfig)
@@ -141,7 +141,8 @@ class Doctor(Work):
         print_diagnosis(found)
 
     def _labels(self, source: str | None, part: str) -> ImageList | None:
-        from promptkd.data.sources import labelled, read_class_names
+        from promptkd.class_names import read_class_names
+        from promptkd.data.sources import labelled
 
         if source is None:
             return None

@@ -10,7 +10,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from promptkd.data.sources import check_class_names
+from promptkd.class_names import check_class_names
 from promptkd.errors import DataError, ImageError, ModelError, PromptKDError
 from promptkd.report.page import thumbnail
 from promptkd.student import Prediction, Student

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from promptkd.calibration import Calibration, Score, calibrate
+from promptkd.class_names import names_from_json
 from promptkd.class_vectors import TextSide
 from promptkd.classes import ClassList
 from promptkd.clip import (
@@ -29,9 +30,9 @@ from promptkd.clip import (
     load_embedded,
     preprocess_dict,
 )
-from promptkd.data.inputs import ImageLike, as_list, is_many
+from promptkd.data.inputs import ImageLike, as_list, is_many, with_names
 from promptkd.data.loader import load_whole
-from promptkd.data.sources import Split, find_split, labelled, read_split
+from promptkd.data.sources import ImageList, Split, find_split, labelled, read_split
 from promptkd.errors import CheckpointError, DataError
 from promptkd.evaluate import Evaluation, score
 from promptkd.files import (
@@ -197,11 +198,12 @@ class Student(HubMixin, nn.Module):
     def predict(
         self, images: ImageLike | Sequence[ImageLike], top_k: int = 5
     ) -> Prediction | list[Prediction]:
-        """Classify one picture, a list of them, or a folder.
+        """Classify one picture, a list of them, a folder, a list file or tar shards.
 
         Args:
-            images: a path, PIL image, uint8 array (H, W, 3) or tensor (3, H, W); a list of these
-                or a folder gives a list, in order (a folder sorted by name).
+            images: a path, PIL image, uint8 array (H, W, 3) or tensor (3, H, W); a list of these,
+                a folder, a file that lists pictures, tar shards or a pattern of names gives a list,
+                in order (a folder sorted by name).
             top_k: classes to name, at most all.
 
         Raises:
@@ -211,22 +213,22 @@ class Student(HubMixin, nn.Module):
         if top_k < 1:
             raise DataError(f"top_k must be at least 1, not {top_k}")
         single = not is_many(images)
-        items = as_list(images)
-        found = list(self.iter_predict(items, top_k))
+        found = list(self.iter_predict(images, top_k))
         return found[0] if single else found
 
-    def iter_predict(self, images: Sequence[ImageLike], top_k: int = 5) -> Iterator[Prediction]:
-        """Like `predict` on a list, giving predictions batch by batch."""
+    def iter_predict(
+        self, images: ImageLike | Sequence[ImageLike] | ImageList, top_k: int = 5
+    ) -> Iterator[Prediction]:
+        """Like `predict`, giving predictions batch by batch."""
+        items, names = with_names(images)
         count = min(top_k, len(self.class_names))
-        for start in range(0, len(images), _BATCH):
-            part = images[start : start + _BATCH]
-            values, rows, foreign = self._best(part, count)
-            for item, value, row, odd in zip(
-                part, values.tolist(), rows.tolist(), foreign, strict=True
+        for start in range(0, len(items), _BATCH):
+            values, rows, foreign = self._best(items[start : start + _BATCH], count)
+            for path, value, row, odd in zip(
+                names[start : start + _BATCH], values.tolist(), rows.tolist(), foreign, strict=True
             ):
-                path = os.fspath(item) if isinstance(item, str | os.PathLike) else None
-                names = tuple(self.class_names[r] for r in row)
-                yield Prediction(None if path is None else str(path), names, tuple(value), odd)
+                labels = tuple(self.class_names[r] for r in row)
+                yield Prediction(path, labels, tuple(value), odd)
 
     @torch.inference_mode()
     def _best(
@@ -505,7 +507,7 @@ def _trained_parts(tensors: dict[str, Tensor], path: Any) -> tuple[DeepPrompts, 
 def _info(data: dict[str, Any]) -> StudentInfo:
     known = data.get("calibration")
     return StudentInfo(
-        class_names=tuple(data["class_names"]),
+        class_names=names_from_json(data),
         teacher=data["teacher"],
         teacher_fingerprint=data["teacher_fingerprint"],
         orient=bool(data["orient"]),

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from promptkd.class_names import check_class_names, names_from_json, texts_as_json
 from promptkd.class_vectors import TextSide, unit
 from promptkd.clip import Clip, Preprocess, hash_tensors, load_clip
-from promptkd.data.sources import check_class_names
 from promptkd.errors import CheckpointError, ModelError
 from promptkd.files import TEACHER, read_folder, write_folder
 from promptkd.prompts import DeepPrompts, stacked_prompts
@@ -122,12 +122,14 @@ class Teacher(nn.Module):
         """Digest of the class vectors and of the weights, prompts, names and templates behind them."""
         prompts = self.text_prompts.state_dict() if self.text_prompts is not None else {}
         info = self.info
+        texts = texts_as_json(info.class_names)
         made_by = (
             self.clip.text_hash,
             info.method,
             info.template,
             info.templates,
             info.class_names,
+            *([texts] if texts else []),
         )
         return hash_tensors({**prompts, "class_vectors": self.class_vectors.float()}, repr(made_by))
 
@@ -145,6 +147,8 @@ class Teacher(nn.Module):
             "text_hash": self.clip.text_hash,
             "class_vectors_hash": self._class_vectors_hash(),
             **asdict(self.info),
+            "class_names": [str(name) for name in self.class_names],
+            "class_texts": texts_as_json(self.class_names),
         }
         return write_folder(path, "teacher", tensors, data)
 
@@ -187,7 +191,7 @@ class Teacher(nn.Module):
             data["method"],
             data["template"],
             tuple(data["templates"]),
-            tuple(data["class_names"]),
+            names_from_json(data),
             data["summary"],
         )
         teacher = cls(

@@ -14,9 +14,10 @@ import open_clip
 import pytest
 import torch
 from golden_set import GoldenSet
+from promptkd.class_names import plain_name
 from promptkd.class_vectors import ensemble_features, prompted_class_vectors, unit
 from promptkd.clip import PRECISIONS, Clip, load_clip
-from promptkd.prompts import DeepPrompts, PromptedNames, plain_name
+from promptkd.prompts import DeepPrompts, PromptedNames
 from promptkd.stages.distill import DistillConfig, DistillStep, new_student
 from promptkd.stages.progress import Progress
 from promptkd.stages.run import Run, Training

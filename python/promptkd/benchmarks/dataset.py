@@ -18,7 +18,8 @@ from promptkd.benchmarks.layouts import LAYOUTS, Layout
 from promptkd.benchmarks.lists import absent_pictures, checked_names, read_parts
 from promptkd.benchmarks.paper import PaperDataset, find
 from promptkd.benchmarks.readers import Parts, Row
-from promptkd.data.sources import ImageList, PublishedNames
+from promptkd.class_names import PublishedNames
+from promptkd.data.sources import ImageList
 from promptkd.errors import DataError
 
 _log = logging.getLogger(__name__)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from promptkd import _rust
+from promptkd.class_names import names_from_json, texts_as_json
 from promptkd.class_vectors import TextSide
 from promptkd.clip import PRECISIONS, hash_tensors
 from promptkd.errors import CheckpointError
@@ -77,6 +78,7 @@ class StoredTeacher:
     def save(self, folder: Path) -> None:
         """Write teacher.safetensors, all of it or nothing."""
         data = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "class_vectors"}
+        data["class_texts"] = texts_as_json(self.class_names)
         side = self.text_side
         data["text_side"] = None if side is None else side.as_json()
         tensors = {"class_vectors": self.class_vectors} | ({} if side is None else side.tensors())
@@ -111,7 +113,9 @@ class StoredTeacher:
                 f"{error}; give the teacher to 'promptkd cache build' again: it writes this file "
                 "and no shard that is there"
             ) from error
-        lists = {k: tuple(data[k]) for k in ("class_names", "templates")}
+        names = names_from_json(data)
+        data.pop("class_texts", None)
+        lists = {"class_names": names, "templates": tuple(data["templates"])}
         return cls(**{**data, **lists, "class_vectors": vectors, "text_side": text_side})
 
 

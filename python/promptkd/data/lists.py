@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from promptkd.errors import DataError
 
+LISTS = (".txt", ".csv", ".tsv", ".jsonl", ".parquet")
 COMPRESSED = (".gz", ".tgz", ".zst", ".bz2", ".xz", ".zip")
 
 

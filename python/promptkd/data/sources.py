@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from promptkd.class_names import PublishedNames, plain_name
 from promptkd.data.datasets import dataset_pictures, is_dataset, pick_part
-from promptkd.data.lists import Entry, read_list
+from promptkd.data.lists import LISTS, Entry, read_list
 from promptkd.data.pictures import Found, Picture
 from promptkd.data.shards import expand, is_shard, shard_pictures
 from promptkd.errors import DataError
-from promptkd.prompts import plain_name
 
 EXTENSIONS = frozenset(
     f".{name}"
@@ -140,12 +140,30 @@ def unlabelled(images: Any) -> ImageList:
     return ImageList(paths, names, origin=origin)
 
 
-def pictures_in(folder: Path) -> ImageList:
-    """Every picture below a folder, sorted by name, whatever a split says."""
+def pictures_in(place: str | os.PathLike[str]) -> ImageList:
+    """Every picture of a folder, sorted by name, whatever a split says; or of a list or tar shards.
+
+    Raises:
+        DataError: nothing there, or no picture in it.
+    """
+    folder = Path(place).expanduser()
+    if not folder.is_dir():
+        return unlabelled(place)
     found = _from_folder(folder, None)
+    shards = [] if found.pictures else sorted(p for p in folder.iterdir() if is_shard(p))
+    if shards:
+        found = shard_pictures(shards, labels=False)
     if not found.pictures:
         raise DataError(f"no pictures in '{folder}'; looked for {_extensions()}")
     return ImageList(tuple(found.pictures), tuple(found.names))
+
+
+def stands_for_many(place: str | os.PathLike[str]) -> bool:
+    """Whether a path is a folder, a list, a tar shard or a pattern, not that of one picture."""
+    path = Path(place).expanduser()
+    if path.exists():
+        return path.is_dir() or is_shard(path) or path.suffix.lower() in LISTS
+    return expand(os.fspath(path)) != [os.fspath(path)]
 
 
 def labelled(
@@ -184,41 +202,6 @@ def labelled(
         names = tuple(class_names or sorted({plain_name(text) for text in texts}))
         rows = _label_rows(texts, names, source)
     return ImageList(tuple(found.pictures), tuple(found.names), rows, names, found.origin)
-
-
-class PublishedNames(tuple[str, ...]):
-    """The class names of a published dataset, as they are: some repeat, and labels are places.
-
-    ImageNet's list has "missile" and "sunglasses" twice. Names of one's own must not repeat.
-    """
-
-    __slots__ = ()
-
-
-def check_class_names(names: Sequence[str]) -> tuple[str, ...]:
-    """Class names as a tuple; empty and blank names are an error, repeated ones unless published."""
-    if isinstance(names, str) or not names:
-        raise DataError("class names must be a list with at least one name")
-    seen: dict[str, int] = {}
-    for row, name in enumerate(names):
-        if not isinstance(name, str) or not name.strip():
-            raise DataError(f"class name {row + 1} of {len(names)} is empty")
-        key = plain_name(name).strip()
-        if key in seen and not isinstance(names, PublishedNames):
-            raise DataError(
-                f"class name '{name}' stands twice (places {seen[key] + 1} and {row + 1})"
-            )
-        seen[key] = row
-    return names if isinstance(names, PublishedNames) else tuple(names)
-
-
-def read_class_names(path: str | os.PathLike[str]) -> tuple[str, ...]:
-    """One class name a line; blank lines are skipped."""
-    try:
-        lines = Path(path).expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"class names can't be read from '{path}': {error}") from error
-    return check_class_names([line.strip() for line in lines if line.strip()])
 
 
 def few_shot(images: ImageList, shots: int, seed: int) -> ImageList:

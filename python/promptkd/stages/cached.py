@@ -20,6 +20,7 @@ from promptkd.cache.build import build_cache, exists, fill, renewed
 from promptkd.cache.layout import WHOLE, Listing
 from promptkd.cache.read import FeatureCache
 from promptkd.cache.stored import StoredTeacher, digest_of_files, digest_of_prompts
+from promptkd.class_names import names_from_json, same_names
 from promptkd.class_vectors import TextSide
 from promptkd.clip import Preprocess
 from promptkd.data.decode import decode_views
@@ -186,7 +187,7 @@ def _known(cache: FeatureCache, wanted: Wanted, precision: str) -> StoredTeacher
             wanted.class_names is not None
             and stored.method == "zero-shot"
             and stored.model == str(wanted.teacher)
-            and stored.class_names == tuple(wanted.class_names)
+            and same_names(stored.class_names, wanted.class_names)
             and stored.templates == tuple(wanted.templates)
             and stored.model_files == digest_of_files(stored.model)
         )
@@ -201,7 +202,7 @@ def _is_folder_of(stored: StoredTeacher, folder: str | os.PathLike[str]) -> bool
         data["image_hash"] == stored.image_hash
         and digest_of_prompts(stacked_prompts(tensors, "vision_prompts", None, None, folder))
         == stored.prompts
-        and tuple(data["class_names"]) == stored.class_names
+        and same_names(names_from_json(data), stored.class_names)
         and vectors.shape == stored.class_vectors.shape
         and torch.equal(vectors.to(stored.class_vectors.dtype), stored.class_vectors)
     )

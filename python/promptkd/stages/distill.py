@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from promptkd.benchmarks import paper
+from promptkd.class_names import check_class_names, identity_of
 from promptkd.clip import Clip, load_clip
-from promptkd.data.sources import ImageList, check_class_names, unlabelled
+from promptkd.data.sources import ImageList, unlabelled
 from promptkd.data.sources import labelled as labels_of
 from promptkd.errors import DataError, TrainingError
 from promptkd.loss import TeacherLogits, TeacherStatistics, kd_loss
@@ -308,7 +309,7 @@ def distill(
         "config": config.identity(),
         "teacher": guide.fingerprint(),
         "student": clip.image_hash,
-        "class_names": list(guide.class_names),
+        "class_names": identity_of(guide.class_names),
         "images": pictures.digest(),
         "orient": orient,
         "cache": guide.cache.manifest.recipe.fingerprint()

@@ -20,18 +20,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from promptkd.class_names import check_class_names, identity_of, plain_name
 from promptkd.class_vectors import ensemble_features, prompted_class_vectors, unit
 from promptkd.clip import Clip, load_clip
 from promptkd.data.loader import CropRecipe, ViewLoader, epoch_order, prefetch, split_batches
-from promptkd.data.sources import (
-    ImageList,
-    check_class_names,
-    few_shot,
-    find_split,
-    labelled,
-)
+from promptkd.data.sources import ImageList, few_shot, find_split, labelled
 from promptkd.errors import DataError
-from promptkd.prompts import DeepPrompts, PromptedNames, plain_name
+from promptkd.prompts import DeepPrompts, PromptedNames, mean_by_class
 from promptkd.ranks import ALONE, Ranks, join, pick_device
 from promptkd.stages.encoder import Encoder
 from promptkd.stages.progress import Progress
@@ -153,6 +148,7 @@ class PromptSRC(nn.Module):
         generator = generator or torch.Generator().manual_seed(config.seed)
         names = PromptedNames(class_names, config.template, config.num_prompts, clip.tokenize)
         self.tokens = tower.cut(names.tokens).to(clip.device)
+        self._counts = names.counts  # of rows a class, None where each has one
         depth = min(config.prompt_depth, clip.vision.num_layers)
         text_depth = min(config.prompt_depth, tower.num_layers)
         wide = torch.float64 if tower.dtype == torch.float64 else torch.float32
@@ -187,7 +183,7 @@ class PromptSRC(nn.Module):
         labels, fixed_text = ranks.gather(labels, counts), self.fixed_text
         if classes is not None:
             labels, fixed_text = torch.searchsorted(classes, labels), fixed_text[classes]
-        text = unit(self._text(self.tokens if classes is None else self.tokens[classes]))
+        text = unit(self._class_features(classes))
         image = unit(ranks.gather(self._encode(pixels, self.vision_prompts()), counts))
         with torch.no_grad():
             frozen = unit(ranks.gather(self._encode(pixels, ()), counts))
@@ -203,6 +199,17 @@ class PromptSRC(nn.Module):
             / logits.numel(),
         }
         return {"loss": torch.stack(list(terms.values())).sum(), **terms}
+
+    def _class_features(self, classes: Tensor | None) -> Tensor:
+        """Raw text features of the classes (all by default), the mean over a class's sentences."""
+        tokens, counts = self.tokens, self._counts
+        if classes is not None and counts is None:
+            tokens = tokens[classes]
+        elif classes is not None and counts is not None:
+            parts = tokens.split(counts.tolist())
+            tokens = torch.cat([parts[label] for label in classes.tolist()])
+            counts = counts[classes.cpu()]
+        return mean_by_class(self._text(tokens), counts)
 
     def _text(self, tokens: Tensor) -> Tensor:
         """Raw text features of token rows, each rank encoding its share of them."""
@@ -317,7 +324,7 @@ def teach(
     identity = {
         "config": config.identity(),
         "model": [clip.image_hash, clip.text_hash],
-        "class_names": list(names),
+        "class_names": identity_of(names),
         "images": images.digest() if images is not None else "",
         "orient": orient,
     }
@@ -365,13 +372,13 @@ def _tune(
     orient: bool,
 ) -> Teacher:
     assert images.labels is not None
-    assert images.class_names is not None
+    assert images.class_names == tuple(names)
     if len(images) < 2:
         raise DataError("stage 1 needs at least two labelled pictures")
     present = sorted(set(images.labels.tolist()))
     row_of = {label: row for row, label in enumerate(present)}
     labels = torch.tensor([row_of[label] for label in images.labels.tolist()])
-    ranks, known = run.ranks, [images.class_names[label] for label in present]
+    ranks, known = run.ranks, [names[label] for label in present]
     model = PromptSRC(clip, known, config, ranks=ranks)
     progress.say(
         f"stage 1: {len(images)} labelled pictures of {len(present)} classes "

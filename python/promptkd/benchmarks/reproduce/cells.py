@@ -19,8 +19,9 @@ from promptkd.benchmarks.metrics import Scores, score_lists, score_part
 from promptkd.benchmarks.reproduce.plan import CACHE_SEED, Cell, fingerprint
 from promptkd.benchmarks.reproduce.teachers import teacher_for, teacher_warning
 from promptkd.cache import build_cache
+from promptkd.class_names import PublishedNames
 from promptkd.clip import hash_tensors, load_clip
-from promptkd.data.sources import ImageList, PublishedNames
+from promptkd.data.sources import ImageList
 from promptkd.errors import DataError, TrainingError
 from promptkd.files import write_json
 from promptkd.ranks import pick_device

@@ -12,11 +12,11 @@ from promptkd import official
 from promptkd.benchmarks.dataset import BenchmarkDataset, load
 from promptkd.benchmarks.metrics import Scores
 from promptkd.benchmarks.reproduce.plan import SOURCE, Cell
+from promptkd.class_names import PublishedNames, plain_name
 from promptkd.clip import load_clip
 from promptkd.convert import official_teacher, with_class_names
-from promptkd.data.sources import ImageList, PublishedNames
+from promptkd.data.sources import ImageList
 from promptkd.errors import DataError
-from promptkd.prompts import plain_name
 from promptkd.stages.progress import Progress
 from promptkd.stages.teach import teach
 from promptkd.teacher import Teacher, zero_shot_teacher
