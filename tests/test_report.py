@@ -189,6 +189,16 @@ def test_ticks_are_few_and_enclose(low: float, high: float) -> None:
     assert ticks[-1] >= high - 1e-12 * abs(high)
 
 
+@pytest.mark.parametrize(("low", "high"), [(1, 2), (6, 6), (1, 20), (10, 4000)])
+def test_epochs_and_steps_have_whole_ticks(low: float, high: float) -> None:
+    ticks = nice_ticks(low, high, whole=True)
+    assert all(tick == round(tick) for tick in ticks)
+    assert 2 <= len(ticks) <= 8
+    assert ticks[0] <= low <= high <= ticks[-1]
+    svg = line_chart("a", "epoch", [("seed", [(low, 1.0), (high, 2.0)])])
+    assert ">1.2<" not in svg
+
+
 def test_thumbnails_stay_inside_the_data_folder(run: Path) -> None:
     root = run.parent / "data"
     assert thumbnail(root, "dtd/a.png") is not None

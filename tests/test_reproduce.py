@@ -387,6 +387,11 @@ def test_means_deviations_and_collapsed_seeds(root: Path) -> None:
     assert rows[0][1:3] == ["82.00 ± 2.83", "85.84"]
     assert rows[1][1] == "50.00 ± 56.57 †"
     assert found["notes"][-1] == "† EuroSAT seed 2 collapsed: it agrees with nobody"
+    warning = teacher_warning(scores(60), scores(70))
+    warned = [{**r, "teacher": {"warning": warning}} for r in results]
+    notes = summarise(plan("dtd", "eurosat"), warned)["notes"]
+    assert "EuroSAT seed 1: the teacher is below its own zero-shot accuracy: 60.0 %" in str(notes)
+    assert str(notes).count("likely reasons") == 1, "once, not for every cell"
     every = tuple(benchmarks.PAPER)[:11]
     whole = summarise(plan(*every), [result(k, s, 80, 60) for k in every for s in (1, 2)])
     assert whole["mean"]["paper"] == {

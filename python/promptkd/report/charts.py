@@ -29,7 +29,9 @@ def line_chart(
         return ""
     xs = [x for _, points in drawn for x, _ in points]
     ys = [y for _, points in drawn for _, y in points]
-    x_ticks, y_ticks = nice_ticks(min(xs), max(xs)), nice_ticks(*(y_range or (min(ys), max(ys))))
+    whole = all(x == round(x) for x in xs)  # steps and epochs
+    x_ticks = nice_ticks(min(xs), max(xs), whole=whole)
+    y_ticks = nice_ticks(*(y_range or (min(ys), max(ys))))
     frame = _Frame(x_ticks, y_ticks)
     body = [frame.axes(x_label)]
     for number, (name, points) in enumerate(drawn):
@@ -89,14 +91,16 @@ def reliability_chart(
     return _figure(f"{title} (ECE {error:.1f} %)", "".join(body), legend)
 
 
-def nice_ticks(low: float, high: float) -> list[float]:
-    """Four to eight round numbers that enclose the range."""
+def nice_ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
+    """Four to eight round numbers that enclose the range; fewer where they must be whole."""
     if high <= low:
         pad = abs(low) * 0.1 or 1.0
         low, high = low - pad, high + pad
     raw = (high - low) / 5
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= raw * 0.999)
+    if whole:
+        step = float(math.ceil(step))
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [n * step for n in range(first, last + 1)]
 

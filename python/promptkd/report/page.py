@@ -25,8 +25,8 @@ h2 { font-size: 1.25rem; margin: 2rem 0 .5rem; border-top: 1px solid var(--rule)
 h3 { font-size: 1rem; margin: 1.25rem 0 .5rem; }
 p, li, figcaption, .soft { color: var(--soft); }
 .scroll { overflow-x: auto; margin: 0 0 1rem; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
-th, td { padding: .3rem .6rem; text-align: right; border-bottom: 1px solid var(--rule);
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .85rem; }
+th, td { padding: .3rem .4rem; text-align: right; border-bottom: 1px solid var(--rule);
   white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 tr.mean td { font-weight: 600; border-top: 2px solid var(--rule); }

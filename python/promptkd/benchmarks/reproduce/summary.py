@@ -16,6 +16,7 @@ from rich.text import Text
 
 from promptkd.benchmarks.paper import PAPER, PAPER_MEAN, PaperResult
 from promptkd.benchmarks.reproduce.plan import VALIDATION_SHARE, Plan, trained_datasets
+from promptkd.benchmarks.reproduce.teachers import REASONS
 from promptkd.evaluate import harmonic_mean
 
 Values = Mapping[str, float]
@@ -159,15 +160,22 @@ def _notes(plan: Plan, results: Sequence[dict[str, Any]]) -> list[str]:
     if plan.shots != 16:
         changed["shots"] = plan.shots
     if changed:
-        listed = ", ".join(f"{k} {v}" for k, v in changed.items())
+        listed = ", ".join(f"{k} {_setting(v)}" for k, v in changed.items())
         notes.append(f"settings that differ from the paper's: {listed}")
     for r in results:
         if r["status"] != "done":
             what = "collapsed" if r["status"] == "collapsed" else "diverged, and has no numbers"
             notes.append(f"{_COLLAPSED} {r['title']} seed {r['seed']} {what}: {r['reasons'][0]}")
         if r["teacher"]["warning"] is not None:
-            notes.append(f"{r['title']} seed {r['seed']}: {r['teacher']['warning']}")
+            warning = r["teacher"]["warning"].removesuffix(f"; {REASONS}")
+            notes.append(f"{r['title']} seed {r['seed']}: {warning}")
+    if any(r["teacher"]["warning"] is not None for r in results):
+        notes.append(f"a teacher below its own zero-shot accuracy: {REASONS}")
     return notes
+
+
+def _setting(value: Any) -> str:
+    return " | ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
 
 
 # ---------------------------------------------------------------- as text
