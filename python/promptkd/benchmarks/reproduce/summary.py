@@ -170,7 +170,7 @@ def _notes(plan: Plan, results: Sequence[dict[str, Any]]) -> list[str]:
             warning = r["teacher"]["warning"].removesuffix(f"; {REASONS}")
             notes.append(f"{r['title']} seed {r['seed']}: {warning}")
     if any(r["teacher"]["warning"] is not None for r in results):
-        notes.append(f"a teacher below its own zero-shot accuracy: {REASONS}")
+        notes.append(f"where a teacher is below its own zero-shot accuracy, {REASONS}")
     return notes
 
 
