@@ -1,11 +1,14 @@
 """Decoding speed: ours in each mode beside the libraries that a user would take instead.
 
 Everything runs interleaved on the same files and the same boxes, so that the load of the machine
-falls on all alike; figures are medians over the rounds, in images per second of CPU time.
+falls on all alike; figures are medians over the rounds, in images per second of CPU time, and of
+wall time for loaders and threads.
 
-    python benches/bench_decode.py [--corpus DIR] [--count 24] [--rounds 7]
+    python benches/bench_decode.py [--corpus DIR] [--count 24] [--rounds 7] [--only crop ...] [--add]
 
-writes results/decode.json and results/decode.png. Libraries that are not installed are left out.
+writes results/decode.json and results/decode.png. Libraries that are not installed are left out:
+`pip install simplejpeg opencv-python-headless kornia-rs nvidia-dali-cuda120 nvidia-nvimgcodec-cu12`.
+`--only` takes some of the sizes or tasks, and `--add` keeps what the file has of the others.
 """
 
 from __future__ import annotations
@@ -14,11 +17,10 @@ import argparse
 import functools
 import io
 import json
-import os
-import platform
 import statistics
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -26,15 +28,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from decode_corpus import corpus
+from common import RESULTS, Row, report
+from decode_corpus import SIZES, corpus
 from PIL import Image
 from promptkd import _rust
+from promptkd.data.stream import Boxes, Views, stream_batches
+from torchvision import transforms
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as F
 from torchvision.transforms.v2 import functional as v2
 
-RESULTS = Path(__file__).resolve().parent / "results"
 SIDE = 224
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+BATCH = 32
+TASKS = ("crop", "centre", "loader", "threads")
 SQUASH = [_rust.Target(SIDE, SIDE)]
 CENTRE = [_rust.Target(SIDE, SIDE, "shortest")]
 
@@ -53,7 +60,11 @@ TARGETS: dict[tuple[str, str, str], dict[str, float]] = {
     ("ours", "torchvision", "crop"): {"500x375": 3.6, "1024x768": 3.8, "2048x1536": 4.4},
     ("ours, scaled", "ours", "crop"): {"1024x768": 1.1, "2048x1536": 1.4},
     ("ours, avx2", "fastest peer", "crop"): {},
+    ("ours, avx2", "fastest peer", "centre"): {},
+    ("ours, entropy alone", "fastest peer", "crop"): {},
+    ("ours, entropy alone", "fastest peer", "centre"): {},
 }
+LOADER = {"500x375": 5.0, "1024x768": 4.5, "2048x1536": 3.2}
 
 
 def ours(task: str, scaled: bool = False, **how: Any) -> Work:
@@ -139,6 +150,47 @@ def opencv(data: bytes, box: list[int] | None) -> Any:
     return cv2.resize(image[top:bottom, left:right], (SIDE, SIDE), interpolation=cv2.INTER_AREA)
 
 
+def kornia(data: bytes, box: list[int] | None) -> Any:
+    from kornia_rs import imgproc, io
+
+    image = np.asarray(io.decode_image_jpegturbo(data, "rgb"))
+    left, top, right, bottom = box or _centre_square(image.shape[1], image.shape[0])
+    view = np.ascontiguousarray(image[top:bottom, left:right])
+    return imgproc.resize(view, (SIDE, SIDE), "bicubic", antialias=True)
+
+
+@functools.cache
+def _dali_pipeline(task: str, count: int) -> Any:
+    from nvidia.dali import fn, pipeline_def, types
+
+    @pipeline_def(batch_size=count, num_threads=1, device_id=None, prefetch_queue_depth=1)
+    def pipeline() -> Any:
+        image = fn.decoders.image(fn.external_source(name="files"), output_type=types.RGB)
+        how = {"interp_type": types.INTERP_CUBIC, "antialias": True}
+        if task == "centre":
+            return fn.crop(fn.resize(image, resize_shorter=SIDE, **how), crop=(SIDE, SIDE))
+        start, size = fn.external_source(name="start"), fn.external_source(name="size")
+        view = fn.slice(image, start, size, axes=(1, 0))
+        return fn.resize(view, resize_x=SIDE, resize_y=SIDE, **how)
+
+    built = pipeline()
+    built.build()
+    return built
+
+
+def dali(task: str) -> Work:
+    def work(files: list[bytes], boxes: list[list[int]]) -> Any:
+        pipeline = _dali_pipeline(task, len(files))
+        pipeline.feed_input("files", [np.frombuffer(data, np.uint8) for data in files])
+        if task == "crop":
+            sides = np.array(boxes, np.int32)
+            pipeline.feed_input("start", list(sides[:, :2]))
+            pipeline.feed_input("size", list(sides[:, 2:] - sides[:, :2]))
+        return pipeline.run()
+
+    return work
+
+
 def _centre_square(width: int, height: int) -> list[int]:
     side = min(width, height)
     left, top = (width - side) // 2, (height - side) // 2
@@ -151,6 +203,7 @@ PEERS: dict[str, tuple[Callable[..., Any], str | None]] = {
     "torchvision.io + v2": (torchvision_io, None),
     "simplejpeg + torch": (simplejpeg_torch, "simplejpeg"),
     "opencv, area": (opencv, "cv2"),
+    "kornia-rs": (kornia, "kornia_rs"),
 }
 
 
@@ -160,6 +213,7 @@ def workers(task: str) -> dict[str, Work]:
         "ours": ours(task),
         "ours, libjpeg": ours(task, jpeg="libjpeg"),
         "ours, scaled": ours(task, scaled=True),
+        "ours, entropy alone": ours(task, jpeg="entropy"),
     }
     for level in ("avx2", "portable"):
         try:
@@ -175,7 +229,16 @@ def workers(task: str) -> dict[str, Work]:
         except ImportError:
             continue
         found[name] = one_by_one(view, task)
-    return found
+    return {**found, "dali": dali(task)} if _has_dali(task) else found
+
+
+def _has_dali(task: str) -> bool:
+    """It needs a library of codecs beside it, which it looks for when a pipeline is built."""
+    try:
+        _dali_pipeline(task, 1)
+    except (ImportError, RuntimeError):
+        return False
+    return True
 
 
 def measure(files: list[bytes], task: str, rounds: int) -> dict[str, float]:
@@ -196,18 +259,87 @@ def measure(files: list[bytes], task: str, rounds: int) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in speeds.items()}
 
 
-def two_threads(files: list[bytes], rounds: int) -> float:
-    """Wall speed of two threads over that of one; free cores are needed to see it."""
+def two_threads(files: list[bytes], rounds: int) -> tuple[float, float]:
+    """Pictures a second of two threads and of one; free cores are needed to see it."""
     batch = files * max(1, 96 // len(files))
-    ratios = []
+    speeds: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(rounds):
-        walls = []
-        for threads in (1, 2):
+        for threads, found in speeds.items():
             started = time.perf_counter()
             _rust.decode(batch, CENTRE, threads=threads)
-            walls.append(time.perf_counter() - started)
-        ratios.append(walls[0] / walls[1])
-    return statistics.median(ratios)
+            found.append(len(batch) / (time.perf_counter() - started))
+    return statistics.median(speeds[2]), statistics.median(speeds[1])
+
+
+class Files(torch.utils.data.Dataset[torch.Tensor]):
+    """What a user of torchvision writes."""
+
+    def __init__(self, paths: list[Path], transform: Callable[[Any], torch.Tensor]) -> None:
+        self.paths, self.transform = paths, transform
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.transform(Image.open(self.paths[index]).convert("RGB"))
+
+
+def torchvision_loader(paths: list[Path], task: str) -> Callable[[], int]:
+    """A DataLoader with two workers, which live on between the rounds."""
+    how = InterpolationMode.BICUBIC
+    views: dict[str, list[Any]] = {
+        "crop": [
+            transforms.RandomResizedCrop(SIDE, (0.08, 1.0), interpolation=how),
+            transforms.RandomHorizontalFlip(),
+        ],
+        "centre": [transforms.Resize(SIDE, how), transforms.CenterCrop(SIDE)],
+    }
+    last = [transforms.ToTensor(), transforms.Normalize(MEAN, STD)]
+    data = Files(paths, transforms.Compose([*views[task], *last]))
+    loader = torch.utils.data.DataLoader(
+        data, batch_size=BATCH, num_workers=2, persistent_workers=True
+    )
+    return lambda: sum(len(batch) for batch in loader)
+
+
+def our_loader(paths: list[Path], task: str) -> Callable[[], int]:
+    """Two threads; the batches are normalised in Rust too."""
+
+    def jobs() -> Iterator[Boxes | Views]:
+        for start in range(0, len(paths), BATCH):
+            rows = np.arange(start, min(start + BATCH, len(paths)))
+            some = [str(path) for path in paths[start : start + BATCH]]
+            if task == "centre":
+                yield Boxes(rows, some)
+            else:
+                yield Views(rows, some, 0, rows.astype(np.uint64), np.zeros(len(rows), np.uint32))
+
+    def run() -> int:
+        done, targets = 0, CENTRE if task == "centre" else SQUASH
+        for batch in stream_batches(jobs(), targets, threads=2):
+            planes = _rust.normalize(batch.pixels[0].numpy(), MEAN, STD, threads=2)
+            done += len(torch.from_numpy(planes))
+        return done
+
+    return run
+
+
+def loaders(files: list[bytes], rounds: int, task: str) -> tuple[float, float]:
+    """Pictures a second of wall time, from files to normalised float32 batches: ours, theirs."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [Path(folder) / f"{i}.jpg" for i in range(len(files))]
+        for path, data in zip(paths, files, strict=True):
+            path.write_bytes(data)
+        paths *= max(1, 8 * BATCH // len(paths))
+        runs = our_loader(paths, task), torchvision_loader(paths, task)
+        speeds: list[list[float]] = [[], []]
+        for round_ in range(rounds + 1):
+            for run, found in zip(runs, speeds, strict=True):
+                started = time.perf_counter()
+                count = run()
+                if round_ > 0:  # the first starts the workers
+                    found.append(count / (time.perf_counter() - started))
+    return statistics.median(speeds[0]), statistics.median(speeds[1])
 
 
 def scaled_error(files: list[bytes]) -> dict[str, float]:
@@ -222,7 +354,7 @@ def scaled_error(files: list[bytes]) -> dict[str, float]:
     }
 
 
-def rows_of(speeds: dict[str, float], size: str, task: str) -> list[dict[str, Any]]:
+def rows_of(speeds: dict[str, float], size: str, task: str) -> list[Row]:
     """The comparisons that have a target, for one size and task."""
     peers = {name: speeds[name] for name in ANTIALIASED if name in speeds}
     fastest = max(peers, key=lambda name: peers[name])
@@ -231,39 +363,20 @@ def rows_of(speeds: dict[str, float], size: str, task: str) -> list[dict[str, An
         if wanted_task != task or name not in speeds or (targets and size not in targets):
             continue
         baseline = fastest if against == "fastest peer" else against
-        ratio, target = speeds[name] / speeds[baseline], targets.get(size)
-        rows.append(
-            {
-                "name": f"{task} {size}: {name} against {baseline}",
-                "ours": round(speeds[name], 1),
-                "baseline": round(speeds[baseline], 1),
-                "unit": "images per CPU second",
-                "ratio": round(ratio, 3),
-                "target": target,
-                "holds": None if target is None else ratio >= target,
-            }
-        )
+        label = f"{task} {size}: {name} against {baseline}"
+        rows.append(Row(label, speeds[name], speeds[baseline], "img/CPU/s", targets.get(size)))
     return rows
 
 
-def machine() -> dict[str, Any]:
-    versions = {}
-    for name in ("torch", "torchvision", "pillow", "simplejpeg", "opencv-python-headless"):
+def versions() -> dict[str, str]:
+    found = {}
+    names = ("torchvision", "pillow", "simplejpeg", "opencv-python-headless", "kornia-rs")
+    for name in (*names, "nvidia-dali-cuda120"):
         try:
-            versions[name] = metadata.version(name)
+            found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    cpu = platform.processor() or platform.machine()
-    if (info := Path("/proc/cpuinfo")).exists():
-        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = names[0].split(":", 1)[1].strip() if names else cpu
-    return {
-        "cpu": cpu,
-        "threads": os.cpu_count(),
-        "gpu": None,
-        "versions": versions,
-        "load": [round(v, 2) for v in os.getloadavg()],
-    }
+    return found
 
 
 def plot(table: dict[str, dict[str, float]]) -> None:
@@ -286,44 +399,60 @@ def plot(table: dict[str, dict[str, float]]) -> None:
     figure.savefig(RESULTS / "decode.png", dpi=110)
 
 
+def run(files: list[bytes], size: str, task: str, rounds: int, result: dict[str, Any]) -> list[Row]:
+    """One task at one size: its rows; what else there is to know goes into `result`."""
+    if task == "threads":
+        return [Row(f"threads {size}: two against one", *two_threads(files, rounds), "img/s", 1.9)]
+    if task == "loader":
+        return [
+            Row(
+                f"loader {size}, {view}: ours against DataLoader",
+                *loaders(files, rounds, view),
+                "img/s",
+                LOADER.get(size) if view == "crop" else None,
+            )
+            for view in ("crop", "centre")
+        ]
+    speeds = measure(files, task, rounds)
+    result["speeds"][f"{task} {size}"] = speeds
+    print(f"\n{task} {size} (mean {sum(map(len, files)) // len(files)} bytes)")
+    for name, speed in sorted(speeds.items(), key=lambda item: -item[1]):
+        print(f"  {name:<22}{speed:9.1f} images per CPU second", flush=True)
+    if task == "centre":
+        result["scaled_error"][size] = scaled_error(files)
+        print(f"  scaled against exact, grey levels: {result['scaled_error'][size]}")
+    return rows_of(speeds, size, task)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--corpus", type=Path, help="a folder of JPEG files")
     parser.add_argument("--count", type=int, default=24, help="files of each size")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--only", nargs="+", default=[], help="sizes or tasks to measure")
+    parser.add_argument("--add", action="store_true", help="keep what was measured before")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    table, rows, extra = {}, [], {}
+    path = RESULTS / "decode.json"
+    result: dict[str, Any] = {"speeds": {}, "scaled_error": {}}
+    rows: list[Row] = []
+    if arguments.add:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        result = {key: before[key] for key in result}
+        fields = ("name", "ours", "baseline", "unit", "target")
+        rows = [Row(**{field: row[field] for field in fields}) for row in before["rows"]]
+    tasks = [task for task in TASKS if task in arguments.only] or TASKS
     for size, files in corpus(arguments.corpus, arguments.count).items():
-        for task in ("crop", "centre"):
-            speeds = measure(files, task, arguments.rounds)
-            table[f"{task} {size}"] = speeds
-            rows += rows_of(speeds, size, task)
-            print(f"\n{task} {size} (mean {sum(map(len, files)) // len(files)} bytes)")
-            for name, speed in sorted(speeds.items(), key=lambda item: -item[1]):
-                print(f"  {name:<22}{speed:9.1f} images per CPU second")
-        ratio = two_threads(files, arguments.rounds)
-        rows.append(
-            {
-                "name": f"{size}: two threads against one",
-                "ours": round(ratio, 3),
-                "baseline": 1.0,
-                "unit": "wall speed",
-                "ratio": round(ratio, 3),
-                "target": 1.9,
-                "holds": ratio >= 1.9,
-            }
-        )
-        extra[size] = scaled_error(files)
-        print(f"  scaled against exact, grey levels: {extra[size]}")
+        if set(SIZES).intersection(arguments.only) and size not in arguments.only:
+            continue
+        for task in tasks:
+            found = run(files, size, task, arguments.rounds, result)
+            names = {row.name for row in found}
+            rows = [row for row in rows if row.name not in names] + found
     print()
-    for row in rows:
-        mark = {True: "holds", False: "MISSED", None: ""}[row["holds"]]
-        print(f"{row['name']:<62}{row['ratio']:6.2f}  target {row['target']}  {mark}")
-    RESULTS.mkdir(exist_ok=True)
-    result = {"machine": machine(), "rows": rows, "speeds": table, "scaled_error": extra}
-    (RESULTS / "decode.json").write_text(json.dumps(result, indent=1) + "\n")
-    plot(table)
+    report("decode", rows, peers=versions(), **result)
+    if any(name.startswith("crop") for name in result["speeds"]):
+        plot(result["speeds"])
 
 
 @pytest.mark.parametrize("size", ["500x375", "1024x768", "2048x1536"])

@@ -392,4 +392,51 @@ mod tests {
             }
         }
     }
+
+    /// Every pair of chroma values, and rows of every width up to two steps.
+    #[test]
+    fn both_ways_to_colour_are_one() {
+        let mut at_once = Colour::default();
+        at_once.start(256);
+        if !crate::baseline::is_available() || at_once.sums.is_none() {
+            return;
+        }
+        let mut apart = Colour::default();
+        apart.upsampled.iter_mut().for_each(|plane| plane.resize(256 + MARGIN, 2));
+        let mut planes: [Plane; 3] = Default::default();
+        planes.iter_mut().for_each(|plane| plane.resize(256, 3));
+        for seed in 0..1024usize {
+            for (i, plane) in planes.iter_mut().enumerate() {
+                for (at, sample) in plane.samples.iter_mut().enumerate() {
+                    // All of blue in a row, one red a row, luma that clips at either end.
+                    let noise = (at * 2_654_435_761 + seed * 40_503) >> 7;
+                    let (column, row) = (at % plane.stride, at / plane.stride);
+                    let smooth = [seed % 4 * 85, column, seed / 4 + row * (seed % 4) * 50][i];
+                    *sample = if seed % 4 == 3 { noise as u8 } else { smooth as u8 };
+                }
+            }
+            let width = if seed < 128 { seed + 1 } else { 256 };
+            let mut outs = [vec![0; 256 * 3 + SLACK], vec![1; 256 * 3 + SLACK]];
+            let [luma, blue, red] = &mut planes;
+            for (colour, out) in [&mut at_once, &mut apart].into_iter().zip(&mut outs) {
+                let row = |plane: &Plane| plane.samples(1)[..320].to_vec();
+                let rows = [row(luma), row(blue), row(red)];
+                colour.convert_full(rows.each_ref().map(|row| row.as_slice()), width, out);
+                let mut all = out[..width * 3].to_vec();
+                let half = width.div_ceil(2);
+                if half > 2 {
+                    colour.take_pair([&mut *blue, &mut *red], [0, 1, 2], half);
+                    for which in 0..2 {
+                        colour.convert_pair(luma.samples(which), which, width, out);
+                        all.extend(&out[..width * 3]);
+                    }
+                    colour.take_row([&mut *blue, &mut *red], 1, half);
+                    colour.convert_row(luma.samples(1), width, out);
+                    all.extend(&out[..width * 3]);
+                }
+                *out = all;
+            }
+            assert_eq!(outs[0], outs[1], "seed {seed}, width {width}");
+        }
+    }
 }
