@@ -2,11 +2,15 @@
 """Few images or a middling number of classes: attention over W, the classes split over CTAs.
 
 Each program takes ROWS images, a run of class tiles and one side, and keeps that side's running
-maximum m, the sum l = sum e^(z-m) and o = sum e^(z-m) w. With d = z_t - z_s the teacher's side
-keeps c = E_t[d] and A = sum e^(z_t-m_t) (e^x - 1 - x), x = c - d, so that over all classes
+maximum m, the sum l = sum e^(z-m) and o = sum e^(z-m) w. With d = (z_t - m_t) - (z_s - m_s) the
+teacher's side keeps c = E_t[d] and A = sum e^(z_t-m_t) (e^x - 1 - x), x = c - d, so that over all
+classes
 
     KL = log E_t[e^(c-d)] = log1p(A / l_t)       (a sum of non-negative terms)
-    KL = lse_s - lse_t + c                        (far from convergence, where e^x overflows)
+    KL = log l_s - log l_t + c                    (far from convergence, where e^x overflows)
+
+The maxima come off before the difference, since a sum of z_t - z_s would be rounded as the logits
+are, which may be a thousand times as large as KL.
 
 `merge_kernel` joins the splits of a row in a fixed order and writes loss and gradient.
 """
@@ -72,6 +76,7 @@ def attend_kernel(
         factor_t = inverse_norm(squares_t) * scale_t
 
     m = tl.full([ROWS], -float("inf"), tl.float32)
+    m_s = tl.full([ROWS], -float("inf"), tl.float32)  # on both sides
     total = tl.zeros([ROWS], tl.float32)
     c = tl.zeros([ROWS], tl.float32)
     a = tl.zeros([ROWS], tl.float32)
@@ -104,16 +109,20 @@ def attend_kernel(
             z = tl.where(side == 1, z_t, z_s)
         z = tl.where(class_mask[None, :], z, -float("inf"))
         new_m = tl.maximum(m, tl.max(z, 1))
-        alpha = tl.exp(m - new_m)
-        p = tl.exp(z - new_m[:, None])
+        rise = tl.where(tile > first, new_m - m, 0.0)
+        alpha = tl.exp(-rise)
+        z = z - new_m[:, None]
+        p = tl.exp(z)
         before = total * alpha
         total = before + tl.sum(p, 1)
-        m_before = m
         m = new_m
         if TEACHER != "none":
-            difference = tl.where(class_mask[None, :], z_t - z_s, 0.0)
+            new_m = tl.maximum(m_s, tl.max(tl.where(class_mask[None, :], z_s, -float("inf")), 1))
+            c += tl.where(tile > first, new_m - m_s, 0.0) - rise
+            m_s = new_m
+            difference = tl.where(class_mask[None, :], z - (z_s - m_s[:, None]), 0.0)
             new_c = (before * c + tl.sum(p * difference, 1)) / total
-            step = tl.where(m_before > -float("inf"), new_c - c, 0.0)
+            step = tl.where(tile > first, new_c - c, 0.0)
             x = tl.where(class_mask[None, :], new_c[:, None] - difference, 0.0)
             # Not undone later: beside a new maximum the old sum may fall out of range.
             far = (tl.maximum(step, tl.max(x, 1)) > MAX_X) | (a >= FAR)
@@ -241,14 +250,17 @@ def merge_kernel(
         top_t, total_t, share, sums = join_sums(teacher_ptr, row, B, S, BLOCK_S)
         i = tl.arange(0, BLOCK_S).to(tl.int64)
         at = i * B + row
-        c_i = tl.load(state_ptr + 4 * size + at, mask=i < S, other=0.0)
+        # c of a split is less that split's maxima
+        drop_s = top_s - tl.load(state_ptr + at, mask=i < S, other=0.0)
+        drop_t = top_t - tl.load(teacher_ptr + at, mask=i < S, other=0.0)
+        c_i = tl.load(state_ptr + 4 * size + at, mask=i < S, other=0.0) + (drop_s - drop_t)
         a_i = tl.load(state_ptr + 5 * size + at, mask=i < S, other=0.0)
         c = tl.sum(share * sums * c_i, 0)
         step = tl.where(i < S, c - c_i, 0.0)
         far = (tl.max(step, 0) > MAX_X) | (tl.max(a_i, 0) >= FAR)
         grown = a_i * tl.exp(tl.minimum(step, MAX_X)) + sums * excess(step)
         a = tl.sum(tl.where(far, 0.0, share * grown), 0)
-        plain = log_sum_s - top_t - tl.log(total_t) + c
+        plain = tl.log(total_s) - tl.log(total_t) + c
         kl = tl.where(far | (a > 1.0), plain, log1p(a))
         if NEED_GRADIENT:
             delta -= join_means(

@@ -192,15 +192,16 @@ class _Side:
         self.need_mean = need_mean
 
     def add(self, logits: Tensor, part: Tensor) -> tuple[Tensor, Tensor]:
-        """Take a tile (B, n); return its weights exp(z − m) and the factor of all before."""
+        """Take a tile (B, n), leaving z − m in it; return its weights exp(z − m) and m's rise."""
         maximum = torch.maximum(self.maximum, logits.amax(1, keepdim=True))
-        factor = (self.maximum - maximum).exp()
-        weights = (logits - maximum).exp_()
+        rise = maximum - self.maximum  # inf at first
+        factor = rise.neg().exp()
+        weights = logits.sub_(maximum).exp()
         self.total = self.total * factor + weights.sum(1, keepdim=True)
         if self.need_mean:
             self.weighted.mul_(factor).add_(product(weights, part.T))
         self.maximum = maximum
-        return weights, factor[:, 0]
+        return weights, rise[:, 0]
 
     def log_sum(self) -> Tensor:
         return (self.maximum + self.total.log())[:, 0]
@@ -219,9 +220,11 @@ def _by_classes(
 ) -> tuple[Tensor, Tensor]:
     """One pass, without knowing lse beforehand.
 
-    With d = z_t − z_s and its mean c = E_t[d], KL = log E_t[e^(c − d)] = log1p(A) where
-    A = E_t[eˣ − 1 − x], x = c − d: a sum of non-negative terms. c and A are kept up to date
-    tile by tile; where eˣ is beyond range (far from convergence) KL = lse_s − lse_t + c.
+    With d = (z_t − m_t) − (z_s − m_s) and its mean c = E_t[d], KL = log E_t[e^(c − d)] = log1p(A)
+    where A = E_t[eˣ − 1 − x], x = c − d: a sum of non-negative terms. c and A are kept up to date
+    tile by tile; where eˣ is beyond range (far from convergence) KL = log l_s − log l_t + c.
+    The maxima m come off before the difference, since a sum of z_t − z_s would be rounded as
+    the logits are, which may be a thousand times as large as KL.
     """
     side_s = _Side(student, vectors.shape[1], need_delta)
     side_t = _Side(student, vectors.shape[1], need_delta)
@@ -236,11 +239,14 @@ def _by_classes(
             z_t = z_t / temperature
         else:
             z_t = product(teacher, part)
-        side_s.add(z_s, part)
+        _, rise_s = side_s.add(z_s, part)
         before = side_t.total[:, 0]
-        weights, factor = side_t.add(z_t, part)
-        difference = z_t.sub(z_s)
+        weights, rise_t = side_t.add(z_t, part)
+        difference = z_t.sub_(z_s)
+        factor = rise_t.neg().exp()
         before, after = before * factor, side_t.total[:, 0]
+        if start:
+            centre = centre + (rise_s - rise_t)
         moved = (before * centre + torch.linalg.vecdot(weights, difference)) / after
         step = moved - centre if start else torch.zeros_like(centre)
         x = moved[:, None] - difference
@@ -251,7 +257,7 @@ def _by_classes(
         centre = moved
     excess = excess / side_t.total[:, 0]
     far |= excess > 1
-    plain = side_s.log_sum() - side_t.log_sum() + centre
+    plain = (side_s.total.log() - side_t.total.log())[:, 0] + centre
     kl = torch.where(far, plain, torch.log1p(excess))
     return torch.where(kl < 0, 0, kl), side_s.mean() - side_t.mean()
 

@@ -17,7 +17,7 @@ from loss_cases import (
     pairwise,
 )
 from promptkd.kernels import configs, op
-from promptkd.loss import TeacherLogits, TeacherStatistics, kd_loss_reference, top_k
+from promptkd.loss import TeacherLogits, TeacherStatistics, kd_loss, kd_loss_reference, top_k
 
 launch = pytest.importorskip("promptkd.kernels.launch")
 
@@ -272,6 +272,44 @@ def test_the_operator_reaches_the_kernels(device, monkeypatch):
         problem.temperature, "paper", True,
     )  # fmt: skip
     torch.testing.assert_close(rows.sum().cpu(), expected, rtol=1e-5, atol=0)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("design", DESIGNS)
+def test_a_cuda_graph_captures_loss_and_gradient(design, device, monkeypatch):
+    """Replayed on other features it gives their loss; nothing waits for the GPU meanwhile."""
+    monkeypatch.setattr(configs, "choose_design", lambda *_: design)
+    problem = make_problem(Case(batch=20, num_classes=102))
+    student = problem.student.to(device).requires_grad_()
+    teacher, vectors = problem.teacher.to(device), problem.vectors.to(device)
+    arguments = {
+        **problem.arguments(), "student_scale": torch.tensor(problem.student_scale, device=device)
+    }  # fmt: skip
+
+    def step():
+        loss = kd_loss(student, teacher, vectors, **arguments)
+        return loss.detach(), *torch.autograd.grad(loss, student)
+
+    other = torch.cuda.Stream()
+    other.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(other):
+        for _ in range(2):  # compiles the kernels
+            first = step()
+    torch.cuda.current_stream().wait_stream(other)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        student.copy_(student.flip(0) + 0.1)
+    graph.replay()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        expected = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for got, wanted, before in zip(captured, expected, first, strict=True):
+        assert torch.equal(got, wanted)
+        assert not torch.equal(got, before)
 
 
 def test_table_of_shapes():
