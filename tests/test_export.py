@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -150,8 +151,17 @@ def test_half_and_int8_are_smaller_and_close(
         assert found[name].agreement > 80
     assert 0 < found["fp16"].max_difference < 0.1
     assert found["fp16"].max_difference < found["int8"].max_difference < 2
-    types = {i.data_type for i in onnx.load(tmp_path / "int8.onnx").graph.initializer}
-    assert onnx.TensorProto.INT8 in types
+    graph = onnx.load(tmp_path / "int8.onnx").graph
+    stored = {i.name: i.data_type for i in graph.initializer}
+    assert onnx.TensorProto.INT8 in stored.values()
+    # Every matrix product with a weight is one of integers; attention's have none.
+    plain = {i for n in graph.node if n.op_type in ("MatMul", "Gemm") for i in n.input}
+    assert not plain & set(stored)
+    kinds = Counter(n.op_type for n in graph.node)
+    assert kinds["MatMulInteger"] > kinds["MatMul"] > 0
+    before = {i: n for n in graph.node for i in n.output}
+    folded = [before[i].op_type for i in plain if i in before and before[i].input[0] in stored]
+    assert "Transpose" not in folded
 
 
 def test_the_comparison_counts(student: Student, exported: Path, photos: Path) -> None:

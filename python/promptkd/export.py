@@ -323,22 +323,36 @@ def _write_onnx(graph: Graph, path: Path, info: ExportInfo, *, int8: bool) -> No
 def _quantized(model: Any, path: Path) -> Any:
     """The same graph with int8 weights in its matrix products."""
     import onnx
+    import onnxruntime
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    plain, small = path.with_suffix(".plain.tmp"), path.with_suffix(".int8.tmp")
+    names = ("plain", "folded", "int8")
+    plain, folded, small = (path.with_suffix(f".{name}.tmp") for name in names)
+    # The exporter writes a weight and its transpose as an operation, the quantiser takes weights
+    # alone: have such operations done once, and the outcome stored.
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.optimized_model_filepath = str(folded)
+    options.log_severity_level = 3
     try:
         onnx.save_model(model, plain)
+        onnxruntime.InferenceSession(str(plain), options, providers=["CPUExecutionProvider"])
         quantize_dynamic(
-            plain,
+            folded,
             small,
             per_channel=True,
             weight_type=QuantType.QInt8,
             op_types_to_quantize=["MatMul", "Gemm"],
         )
-        return onnx.load_model(small)
+        made = onnx.load_model(small)
     finally:
-        plain.unlink(missing_ok=True)
-        small.unlink(missing_ok=True)
+        for file in (plain, folded, small):
+            file.unlink(missing_ok=True)
+    used = {node.domain for node in made.graph.node}
+    kept = [opset for opset in made.opset_import if opset.domain in used]
+    del made.opset_import[:]
+    made.opset_import.extend(kept)
+    return made
 
 
 def _write_torch(graph: Graph, path: Path, info: ExportInfo) -> None:

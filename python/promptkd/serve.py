@@ -22,12 +22,17 @@ _STYLE = """
 .result { display: flex; gap: 1rem; margin: 0 0 1rem; align-items: flex-start; }
 .result img { width: 7rem; height: 7rem; object-fit: contain; border-radius: .4rem; flex: none; }
 .result .said { flex: 1; min-width: 0; }
-.result .row { display: grid; grid-template-columns: minmax(6rem, 14rem) 1fr 4rem; gap: .6rem; }
+.result .row { display: grid; grid-template-columns: minmax(5rem, 14rem) minmax(2rem, 1fr) 4rem; gap: .6rem; }
 .result .row span:last-child { text-align: right; font-variant-numeric: tabular-nums; }
 .result .track { background: rgba(128, 128, 128, .2); border-radius: .3rem; align-self: center; }
 .result .fill { background: #2f6fb5; border-radius: .3rem; height: .7rem; display: block; }
 .result .soft { opacity: .75; font-size: .85rem; margin: .3rem 0 0; }
 .wrong { color: #b3261e; }
+@media (max-width: 40rem) {
+  .result { gap: .6rem; }
+  .result img { width: 4rem; height: 4rem; }
+  .result .row { grid-template-columns: 1fr 1fr 3.6rem; gap: .4rem; }
+}
 """
 
 
