@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::path::PathBuf;
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use crate::helpers::share;
 use crate::shard::{Result, Shard, ShardError, Tensor};
@@ -17,6 +18,9 @@ const AHEAD: usize = 4;
 /// Bytes of a row that are fetched ahead; the processor guesses those behind them better.
 const FETCH_BYTES: usize = 1 << 8;
 
+/// A tensor whose place in a shard was not looked up yet.
+const UNKNOWN: usize = usize::MAX;
+
 /// An error, and the shard that it belongs to.
 pub type Located<T> = std::result::Result<T, (Option<PathBuf>, ShardError)>;
 
@@ -29,6 +33,13 @@ pub struct Reader {
     stride: Option<usize>,
     expected: BTreeMap<String, String>,
     checks: bool,
+    columns: Mutex<Vec<Arc<Column>>>,
+}
+
+/// Where the data of a tensor begin in each shard: random rows look it up for every row.
+struct Column {
+    name: String,
+    starts: Vec<AtomicUsize>,
 }
 
 impl Reader {
@@ -50,7 +61,8 @@ impl Reader {
         let fits = starts[paths.len()] <= paths.len() * stride;
         let files = paths.into_iter().map(|path| (path, OnceLock::new())).collect();
         let stride = (even && fits).then_some(stride);
-        Ok(Reader { files, starts, stride, expected, checks })
+        let columns = Mutex::default();
+        Ok(Reader { files, starts, stride, expected, checks, columns })
     }
 
     /// Rows of the view.
@@ -84,8 +96,9 @@ impl Reader {
             return Ok(());
         }
         let helpers = (out.len() / THREAD_BYTES).clamp(1, threads.max(1)) - 1;
+        let column = self.column(name);
         if helpers == 0 {
-            return self.copy(name, rows, out, row_bytes);
+            return self.copy(&column, rows, out, row_bytes);
         }
         let piece = PIECE_BYTES.div_ceil(row_bytes);
         let pieces = Mutex::new(rows.chunks(piece).zip(out.chunks_mut(piece * row_bytes)));
@@ -93,7 +106,7 @@ impl Reader {
         let failure = Mutex::new(None);
         share(helpers, &|| {
             while let Some((rows, out)) = take() {
-                if let Err(error) = self.copy(name, rows, out, row_bytes) {
+                if let Err(error) = self.copy(&column, rows, out, row_bytes) {
                     *failure.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
                     return;
                 }
@@ -102,16 +115,11 @@ impl Reader {
         failure.into_inner().unwrap_or_else(PoisonError::into_inner).map_or(Ok(()), Err)
     }
 
-    fn copy(&self, name: &str, rows: &[i64], out: &mut [u8], row_bytes: usize) -> Located<()> {
-        let mut cached: Option<(usize, &Shard, &Tensor)> = None;
-        let mut place = |row: i64| -> Located<&[u8]> {
+    fn copy(&self, column: &Column, rows: &[i64], out: &mut [u8], row_bytes: usize) -> Located<()> {
+        let place = |row: i64| -> Located<&[u8]> {
             let (number, within) = self.locate(row as usize);
-            let (shard, tensor) = match cached {
-                Some((n, shard, tensor)) if n == number => (shard, tensor),
-                _ => self.tensor(number, name)?,
-            };
-            cached = Some((number, shard, tensor));
-            let start = tensor.range.start + within * row_bytes;
+            let (shard, first) = self.place(column, number)?;
+            let start = first + within * row_bytes;
             let range = start..start + row_bytes;
             if self.checks {
                 shard.check(range.clone()).map_err(|e| self.at(number, e))?;
@@ -135,11 +143,33 @@ impl Reader {
 
     /// The shard that holds a row, and the row within it.
     fn locate(&self, row: usize) -> (usize, usize) {
-        let number = match self.stride {
-            Some(stride) => row / stride,
-            None => self.starts.partition_point(|&start| start <= row) - 1,
-        };
+        if let Some(stride) = self.stride {
+            return (row / stride, row % stride);
+        }
+        let number = self.starts.partition_point(|&start| start <= row) - 1;
         (number, row - self.starts[number])
+    }
+
+    fn column(&self, name: &str) -> Arc<Column> {
+        let mut columns = self.columns.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = columns.iter().find(|c| c.name == name) {
+            return Arc::clone(known);
+        }
+        let starts = self.files.iter().map(|_| AtomicUsize::new(UNKNOWN)).collect();
+        let column = Arc::new(Column { name: name.to_owned(), starts });
+        columns.push(Arc::clone(&column));
+        column
+    }
+
+    /// A shard, and where a tensor's data begin in it.
+    fn place(&self, column: &Column, number: usize) -> Located<(&Shard, usize)> {
+        let known = column.starts[number].load(Ordering::Acquire);
+        if let (false, Some(shard)) = (known == UNKNOWN, self.files[number].1.get()) {
+            return Ok((shard, known));
+        }
+        let (shard, tensor) = self.tensor(number, &column.name)?;
+        column.starts[number].store(tensor.range.start, Ordering::Release);
+        Ok((shard, tensor.range.start))
     }
 
     fn at(&self, number: usize, error: ShardError) -> (Option<PathBuf>, ShardError) {
