@@ -301,7 +301,7 @@ def test_from_the_shell(
         ["distill", shots, "--teacher", f"{tmp_path}/t", "--output", f"{tmp_path}/s", *pupil,
          *steps],
         ["distill", shots, "--teacher", models.teacher, "--classes", str(things),
-         "--teach.templates", *GENERAL, "--cache", f"{tmp_path}/c", "--output", f"{tmp_path}/z",
+         "--templates", *GENERAL, "--cache", f"{tmp_path}/c", "--output", f"{tmp_path}/z",
          *pupil, *steps],
         ["classes", "add", f"{tmp_path}/s", "--classes", str(more), "--json"],
         ["predict", f"{tmp_path}/s", picture, "--json"],

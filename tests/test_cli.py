@@ -114,6 +114,7 @@ def test_all_verbs(
         (["predict", "nowhere", "x.png"], 1, "holds no student.json"),
         (["teach", "nowhere", "--output", "x"], 1, "neither a folder"),
         (["distill", "nowhere", "--output", "x"], 1, "neither a folder of pictures"),
+        (["distill", "x", "--output", "y", "--teach.shots", "2"], 1, "needs --labelled"),
         (["demo", "--seeds", "0"], 1, "at least 1"),
     ],
 )

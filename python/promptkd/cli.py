@@ -140,7 +140,7 @@ class Distill:
     device: Device = None
     config: tyro.conf.OmitArgPrefixes[DistillConfig] = field(default_factory=DistillConfig)
     teach: TeachConfig = field(default_factory=TeachConfig)
-    """Stage 1, when it runs first."""
+    """Stage 1, when it runs first: with --labelled."""
     tensorboard: TensorBoard = False
     json_: Json = False
     quiet: Quiet = False
@@ -149,6 +149,11 @@ class Distill:
         """Make the student; a failed one is exit code 1."""
         from promptkd.stages.distill import distill
 
+        if self.labelled is None and self.teach != TeachConfig():
+            raise PromptKDError(
+                "--teach.… are settings of stage 1, which needs --labelled; a zero-shot teacher's "
+                "templates are --templates"
+            )
         student = distill(
             self.images,
             _class_names(self.classes),
@@ -161,7 +166,7 @@ class Distill:
             resume=self.resume,
             device=self.device,
             config=self.config,
-            teach_config=self.teach,
+            teach_config=self.teach if self.labelled is not None else None,
             progress=_progress(self.quiet, self.tensorboard),
         )
         if self.include_backbone and prints():
