@@ -272,8 +272,7 @@ def terminal_table(summary: dict[str, Any]) -> Group:
         table.add_row(row["title"] + failed, *map(spread_text, row["ours"].values()))
         if row["without_collapsed"] is not None:
             table.add_row("  sound seeds", *map(spread_text, row["without_collapsed"].values()))
-        if any(value is not None for value in row["paper"].values()):
-            table.add_row("  the paper", *map(number, row["paper"].values()), style="dim")
+        table.add_row("  the paper", *map(number, row["paper"].values()), style="dim")
     # Title and notes beside the table, not in it: there they would be as narrow as it is.
     notes = [Text(note, style="italic") for note in summary["notes"]]
     return Group(Text(title(summary), style="bold"), Text(), table, Text(), *notes)
