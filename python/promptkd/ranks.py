@@ -213,14 +213,14 @@ def _fresh(store: Store, rank: int, size: int) -> Store:
         store.set(f"promptkd/ask/{rank}", question)
         name = store.get(f"promptkd/answer/{question}").decode()
         store.set(f"promptkd/{name}/{rank}", "here")
-        return PrefixStore(f"promptkd/{name}", store)
-    name = uuid.uuid4().hex
-    for other in range(1, size):
-        while not store.check([f"promptkd/{name}/{other}"]):
-            # The question may be an earlier life's: answered in vain, and read again.
-            question = store.get(f"promptkd/ask/{other}").decode()
-            store.set(f"promptkd/answer/{question}", name)
-            time.sleep(_GLANCE)
+    else:
+        name = uuid.uuid4().hex
+        for other in range(1, size):
+            while not store.check([f"promptkd/{name}/{other}"]):
+                # The question may be an earlier life's: answered in vain, and read again.
+                question = store.get(f"promptkd/ask/{other}").decode()
+                store.set(f"promptkd/answer/{question}", name)
+                time.sleep(_GLANCE)
     return PrefixStore(f"promptkd/{name}", store)
 
 
