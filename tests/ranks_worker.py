@@ -86,7 +86,8 @@ def main(
     made = both_stages(teacher, student, photos, Path(output), **told)
     found = made.evaluate(labelled, together=True)
     rank = os.environ.get("RANK", "0")
-    print(f"rank {rank}: {found.num_images} {found.top1}", flush=True)
+    # In one piece: torchrun's ranks share an unbuffered stream, and print sends the end by itself.
+    os.write(1, f"rank {rank}: {found.num_images} {found.top1}\n".encode())
 
 
 if __name__ == "__main__":
